@@ -1,0 +1,1 @@
+"""The neural networks: the mask predictor, the visual tokenizer, its quantizer and its discriminator."""

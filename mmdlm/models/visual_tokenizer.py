@@ -1,0 +1,200 @@
+"""The visual tokenizer: a convolutional encoder and decoder around a lookup-free quantizer (MAGVIT-v2, arXiv 2310.05737).
+
+A picture [3, H, W] becomes a grid of codes [H/f, W/f] and back. f is `stem_patch` (a space-to-depth stem, its mirror a
+pixel shuffle: cheap on small pictures) times two for every level after the first (strided convolution down, pixel
+shuffle up, as in the paper). `stem_patch = 1` with five levels is the published 16x layout.
+
+Shape letters: B pictures, d code channels (bits), h = H/f, w = W/f.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from mmdlm.models.lfq import FiniteScalarQuantizer, LookupFreeQuantizer, Quantized
+
+
+class Reconstruction(NamedTuple):
+    """A training pass: `pixels` [B, 3, H, W] (not clamped, so that the loss keeps its gradient) and the quantizer's output."""
+
+    pixels: Tensor
+    quantized: Quantized
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip: [B, C_in, h, w] -> [B, C_out, h, w]."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class CodeModulation(nn.Module):
+    """Normalises features and rescales them by what the codes say (the decoder's adaptive GroupNorm of MAGVIT-v2).
+
+    x [B, C, h, w], codes [B, d, h', w'] -> [B, C, h, w]; the style is the codes' mean and spread over the grid.
+    """
+
+    def __init__(self, channels: int, bits: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(_groups(channels), channels, affine=False)
+        self.scale, self.shift = nn.Linear(bits, channels), nn.Linear(bits, channels)
+        nn.init.zeros_(self.scale.weight)
+        nn.init.ones_(self.scale.bias)
+        nn.init.zeros_(self.shift.weight)
+        nn.init.zeros_(self.shift.bias)
+
+    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
+        flat = vectors.flatten(2)
+        spread = (flat.var(-1, unbiased=False) + 1e-6).sqrt()
+        return self.scale(spread)[..., None, None] * self.norm(x) + self.shift(flat.mean(-1))[..., None, None]
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] in [-1, 1] -> code channels [B, d, H/f, W/f], unbounded."""
+
+    def __init__(self, widths: list[int], blocks: int, stem_patch: int, bits: int):
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(stem_patch)
+        self.stem = nn.Conv2d(3 * stem_patch**2, widths[0], 3 if stem_patch == 1 else 1, padding=int(stem_patch == 1))
+        levels: list[nn.Module] = []
+        for level, width in enumerate(widths):
+            before = widths[max(level - 1, 0)]
+            if level:
+                levels.append(nn.Conv2d(before, before, 3, stride=2, padding=1))
+            levels += [ResidualBlock(before if block == 0 else width, width) for block in range(blocks)]
+        self.levels = nn.Sequential(*levels)
+        self.norm, self.out = _norm(widths[-1]), nn.Conv2d(widths[-1], bits, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.out(F.silu(self.norm(self.levels(self.stem(self.unshuffle(pixels))))))
+
+
+class Decoder(nn.Module):
+    """Code vectors [B, d, h, w] -> pixels [B, 3, h*f, w*f], not clamped. The last layer's weight is `out.weight`."""
+
+    def __init__(self, widths: list[int], blocks: int, stem_patch: int, bits: int, modulated: bool):
+        super().__init__()
+        self.stem = nn.Conv2d(bits, widths[-1], 3, padding=1)
+        self.levels, self.ups, self.modulations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            self.modulations.append(CodeModulation(width, bits) if modulated else nn.Identity())
+            self.levels.append(nn.Sequential(*[ResidualBlock(width, width) for _ in range(blocks)]))
+            if level:
+                self.ups.append(nn.Sequential(nn.Conv2d(width, 4 * widths[level - 1], 3, padding=1), nn.PixelShuffle(2)))
+        self.norm, self.out = _norm(widths[0]), nn.Conv2d(widths[0], 3 * stem_patch**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(stem_patch)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        x = self.stem(vectors)
+        for index, level in enumerate(self.levels):
+            modulation = self.modulations[index]
+            x = modulation(x, vectors) if isinstance(modulation, CodeModulation) else x
+            x = level(x)
+            x = self.ups[index](x) if index < len(self.ups) else x
+        return self.shuffle(self.out(F.silu(self.norm(x))))
+
+
+class LFQTokenizer(ModelMixin, ConfigMixin):
+    """Pictures <-> codes. `save_pretrained` / `from_pretrained` are diffusers'.
+
+    Args:
+        sample_size: side of the pictures it was trained on, in pixels (it takes any multiple of `downsample`).
+        codebook_bits: d; 2^d codes (6 to 18).
+        encoder_widths / decoder_widths: channels per level, finest first; both of the same length.
+        encoder_blocks / decoder_blocks: residual blocks per level.
+        stem_patch: side of the space-to-depth patches, a power of two.
+        code_modulation: MAGVIT-v2's adaptive GroupNorm in the decoder.
+        quantizer: "lfq", or "fsq" with `fsq_levels` (vector-quantize-pytorch's finite scalar quantisation).
+        entropy_temperature, entropy_group_bits, bit_order: see `mmdlm.models.lfq`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        codebook_bits: int = 10,
+        encoder_widths: tuple[int, ...] = (64, 128),
+        decoder_widths: tuple[int, ...] = (64, 128),
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 2,
+        stem_patch: int = 2,
+        code_modulation: bool = False,
+        quantizer: str = "lfq",
+        fsq_levels: tuple[int, ...] | None = None,
+        entropy_temperature: float = 0.01,
+        entropy_group_bits: int | None = None,
+        bit_order: str = "big",
+    ):
+        super().__init__()
+        if len(encoder_widths) != len(decoder_widths):
+            raise ValueError(
+                f"encoder_widths has {len(encoder_widths)} levels and decoder_widths {len(decoder_widths)}, expected as many"
+            )
+        self.quantize: LookupFreeQuantizer | FiniteScalarQuantizer
+        if quantizer == "lfq":
+            self.quantize = LookupFreeQuantizer(
+                codebook_bits, temperature=entropy_temperature, group_bits=entropy_group_bits, order=bit_order
+            )
+        elif quantizer == "fsq" and fsq_levels:
+            self.quantize = FiniteScalarQuantizer(list(fsq_levels))
+        else:
+            raise ValueError(f"quantizer is {quantizer!r} with fsq_levels {fsq_levels}, expected 'lfq', or 'fsq' with levels")
+        bits = self.quantize.bits
+        self.encoder = Encoder(list(encoder_widths), encoder_blocks, stem_patch, bits)
+        self.decoder = Decoder(list(decoder_widths), decoder_blocks, stem_patch, bits, code_modulation)
+
+    @property
+    def downsample(self) -> int:
+        """f: pixels per code along one side."""
+        return int(self.config["stem_patch"] * 2 ** (len(self.config["encoder_widths"]) - 1))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantize.codebook_size
+
+    def forward(self, pixels: Tensor) -> Reconstruction:
+        """One training pass over pixels [B, 3, H, W] in [-1, 1]."""
+        quantized = self.quantize(self._encode(pixels))
+        return Reconstruction(self.decoder(quantized.vectors), quantized)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in [-1, 1] -> codes int64 [B, H/f, W/f]; ValueError where f does not divide H and W."""
+        return self.quantize(self._encode(pixels)).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes int64 [B, h, w] -> pixels [B, 3, h*f, w*f] clamped to [-1, 1]; ValueError for a code out of range."""
+        return self.decoder(self.quantize.vectors(codes).to(self.dtype)).clamp(-1, 1)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(
+                f"picture is {width} x {height} pixels, expected multiples of {self.downsample}: resize or pad it first"
+            )
+        return self.encoder(pixels)
+
+
+def _groups(channels: int) -> int:
+    """The most groups up to 32 that divide the channels."""
+    return next(g for g in (32, 24, 16, 12, 8, 6, 4, 3, 2, 1) if channels % g == 0 and channels // g >= min(4, channels))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_groups(channels), channels, eps=1e-6)

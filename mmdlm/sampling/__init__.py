@@ -1,0 +1,1 @@
+"""The one loop, and the policies, draws and predictors it is called with."""

@@ -1,0 +1,257 @@
+"""Policies: which of the drawn tokens to write in this pass. One published rule each.
+
+A policy is a closure View -> Decision. It sees only the asked places, each row for itself; what is not masked it leaves
+alone. The loop writes what is still masked on a block's last pass, so a policy needs no rule for its end.
+
+Shape letters: B rows, W asked places, V columns of the logits. t = 1 - step / steps is the time of a pass, s the next.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdlm.errors import InputError
+from mmdlm.sampling.denoise import Decision, Policy, View
+from mmdlm.sampling.draws import Draw, categorical, greedy, gumbel, uniform
+from mmdlm.schedules import Schedule, schedule_by_name
+
+# ---------------------------------------------------------------- a planned number of tokens per pass
+
+
+def maskgit(*, schedule: str | Schedule = "maskgit", choice_temperature: float = 0.0, decay: str = "linear") -> Policy:
+    """Keep floor(n_start * (1 - alpha(s))) places masked, at least one and fewer than now; write the surest others.
+
+    MaskGIT, arXiv:2202.04200, 3.2. The ranking is log(confidence) + temperature * Gumbel noise, the temperature being
+    `choice_temperature` times, with r = 1 - s the share of the steps made: "linear" 1 - r (MaskGIT), "product" the
+    product of 1 - r over the passes so far (as MMaDA's code, arXiv:2505.15809), "constant" 1 (Lumina-DiMOO,
+    arXiv:2510.06308). MaskGIT's code leaves one mask in the canvas after the last round; here none remains.
+    """
+    alpha = _schedule(schedule).alpha
+    _check("choice_temperature", choice_temperature, choice_temperature >= 0, "0 or more")
+    _check("decay", decay, decay in ("linear", "product", "constant"), "linear, product or constant")
+
+    def policy(view: View) -> Decision:
+        left, (_, s) = view.masked.sum(dim=1), _times(view)
+        # 1e-9: the equation's whole numbers (16 * cos(pi / 3)) must not be lost to the last bit of the cosine
+        keep = torch.floor(view.n_start * (1 - alpha(s)) + 1e-9).long().clamp(min=1).minimum(left - 1)
+        score = view.confidence.log()
+        if choice_temperature > 0:
+            scale = choice_temperature * _decay(decay, view)
+            score = score + scale.unsqueeze(1) * gumbel(view.generator, view.editable)
+        return Decision(_best(score, view.masked, left - keep))
+
+    return policy
+
+
+def top_k(*, confidence: str = "probability") -> Policy:
+    """Write the n surest places, where n_start is split evenly over the steps, the first ones getting the remainder.
+
+    LLaDA's low-confidence remasking, arXiv:2502.09992, 2.4 and Algorithm 5 (get_num_transfer_tokens). `confidence`:
+    "probability" of the drawn token; "random" (LLaDA's random remasking); "margin" between the two likeliest tokens
+    (arXiv:2502.06768, 4); "entropy", negative, of the place (Dream, arXiv:2508.15487).
+    """
+    measure = _measure(confidence)
+
+    def policy(view: View) -> Decision:
+        steps = view.steps.clamp(min=1)
+        n = view.n_start // steps + (view.step < view.n_start % steps).long()
+        return Decision(_best(measure(view), view.masked, n))
+
+    return policy
+
+
+# ---------------------------------------------------------------- as many tokens as are sure
+
+
+def threshold(tau: float = 0.9) -> Policy:
+    """Write every place whose confidence is at least `tau` in (0, 1], and always the surest one.
+
+    Fast-dLLM, arXiv:2505.22618, Algorithm 1. Pass `steps=None` to denoise: the number of passes is the rule's to find.
+    """
+    _check("tau", tau, 0 < tau <= 1, "a confidence in (0, 1]")
+
+    def policy(view: View) -> Decision:
+        return Decision(view.masked & (view.confidence >= tau) | _best(view.confidence, view.masked, 1))
+
+    return policy
+
+
+def factor(f: float = 1.0, *, accept_last: bool = False) -> Policy:
+    """Write the n surest places while (n + 1) * (1 - c_n) <= f holds for the n-th surest, and always the first.
+
+    Fast-dLLM's factor, arXiv:2505.22618, 3.3 (Theorem 1). `accept_last`: as in the released code, a row whose only
+    failure is the least sure of all its masked places writes that one too.
+    """
+    _check("f", f, f > 0, "more than 0")
+
+    def policy(view: View) -> Decision:
+        order = _order(view.confidence, view.masked)
+        ranked, left = view.confidence.gather(1, order), view.masked.sum(dim=1)
+        rank = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
+        holds = (ranked >= 1 - f / (rank + 1)) | (rank == 1)
+        n = holds.long().cumprod(dim=1).sum(dim=1).minimum(left)
+        if accept_last:
+            n = torch.where((n == left - 1) & (left > 1), left, n)
+        return Decision(_best(view.confidence, view.masked, n))
+
+    return policy
+
+
+def entropy_bound(gamma: float = 0.1) -> Policy:
+    """Write the largest set of least entropies whose sum, without the largest of them, is at most `gamma` nats.
+
+    EB-Sampler, arXiv:2505.24857: the bound on the error of drawing these places independently. It always
+    writes at least one place; `gamma` >= 0.
+    """
+    _check("gamma", gamma, gamma >= 0, "0 or more, in nats")
+
+    def policy(view: View) -> Decision:
+        entropy = -_negative_entropy(view)
+        ranked = entropy.gather(1, _order(-entropy, view.masked)).double()
+        n = (ranked.cumsum(dim=1) - ranked <= gamma).long().cumprod(dim=1).sum(dim=1)
+        return Decision(_best(-entropy, view.masked, n))
+
+    return policy
+
+
+# ---------------------------------------------------------------- the reverse process itself
+
+
+def ancestral(*, schedule: str | Schedule = "linear") -> Policy:
+    """Write each masked place, independently, with probability (alpha_s - alpha_t) / (1 - alpha_t).
+
+    MDLM, arXiv:2406.07524, 3.2; UniDisc, arXiv:2503.20853. Meant for a categorical draw.
+    """
+    alpha = _schedule(schedule).alpha
+
+    def policy(view: View) -> Decision:
+        t, s = _times(view)
+        odds = (alpha(s) - alpha(t)) / (1 - alpha(t))
+        return Decision(view.masked & (uniform(view.generator, view.editable) < odds.unsqueeze(1)))
+
+    return policy
+
+
+def remdm(*, schedule: str | Schedule = "linear", eta: float = 0.1, rule: str = "cap") -> Policy:
+    """Ancestral sampling that masks written places again with probability sigma. Needs denoise(..., revise=True).
+
+    ReMDM, arXiv:2503.00307, 3.1 and 4.1: sigma_max = min(1, (1 - alpha_s) / alpha_t); "cap" sigma =
+    min(eta, sigma_max), "rescale" sigma = eta * sigma_max; a masked place is written with probability
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). `eta` in [0, 1]; 0 is `ancestral`.
+    """
+    alpha = _schedule(schedule).alpha
+    _check("eta", eta, 0 <= eta <= 1, "a probability in [0, 1]")
+    _check("rule", rule, rule in ("cap", "rescale"), "cap or rescale")
+
+    def policy(view: View) -> Decision:
+        t, s = _times(view)
+        most = ((1 - alpha(s)) / alpha(t)).clamp(max=1)  # alpha(1) = 0: infinity, clamped
+        sigma = most.clamp(max=eta) if rule == "cap" else eta * most
+        odds = (alpha(s) - (1 - sigma) * alpha(t)) / (1 - alpha(t))
+        luck = uniform(view.generator, view.editable)
+        written = view.editable & ~view.masked
+        return Decision(view.masked & (luck < odds.unsqueeze(1)), written & (luck < sigma.unsqueeze(1)))
+
+    return policy
+
+
+# ---------------------------------------------------------------- from a preset or a YAML
+
+
+def policy_from_config(config: Mapping[str, Any]) -> Policy:
+    """The policy of {"name": ..., **settings}; InputError names the nearest where a name or a setting is unknown."""
+    rules = (maskgit, top_k, threshold, factor, entropy_bound, ancestral, remdm)
+    return _call("policy", {rule.__name__: rule for rule in rules}, config)
+
+
+def draw_from_config(config: Mapping[str, Any]) -> Draw:
+    """The draw of {"name": "greedy"} or {"name": "categorical", "temperature": ...}; InputError as for a policy."""
+    return _call("draw", {"greedy": lambda: greedy, "categorical": categorical}, config)
+
+
+def _call(kind: str, functions: Mapping[str, Callable[..., Any]], config: Mapping[str, Any]) -> Any:
+    settings = dict(config)
+    name = settings.pop("name", None)
+    if name not in functions:
+        raise InputError(_unknown(f"{kind} name", name, list(functions)))
+    known = list(inspect.signature(functions[name]).parameters)
+    for key in settings:
+        if key not in known:
+            raise InputError(_unknown(f"setting of the {kind} {name}", key, known))
+    return functions[name](**settings)
+
+
+def _unknown(what: str, got: object, known: list[str]) -> str:
+    if not known:
+        return f"unknown {what}: {got!r}, expected no settings: leave it out"
+    (near,) = difflib.get_close_matches(str(got), known, n=1, cutoff=0.0)
+    return f"unknown {what}: {got!r}, expected one of {', '.join(known)}: did you mean {near}?"
+
+
+# ---------------------------------------------------------------- shared by several rules
+
+
+def _best(score: Tensor, masked: Tensor, n: Tensor | int) -> Tensor:
+    """True at the n masked places of highest score per row (all of them if there are fewer), the left one of equals."""
+    ranks = _order(score, masked).argsort(dim=1)
+    limit = n.unsqueeze(1) if isinstance(n, Tensor) else n
+    return masked & (ranks < limit)
+
+
+def _order(score: Tensor, masked: Tensor) -> Tensor:
+    """Indices of the places, masked ones first, by falling score; equal ones in order of position."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    # twice sorted, so that a masked place of score -inf still comes before one that is not masked
+    return order.gather(1, (~masked).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))
+
+
+def _times(view: View) -> tuple[Tensor, Tensor]:
+    """t and s, float64 [B]; float64 because rounded counts hang on them. A row that is done gets t = 1, s = 0."""
+    steps = view.steps.clamp(min=1).double()
+    return 1 - view.step / steps, 1 - (view.step + 1) / steps
+
+
+def _decay(decay: str, view: View) -> Tensor:
+    _, s = _times(view)
+    if decay != "product":
+        return s if decay == "linear" else torch.ones_like(s)
+    # prod_{i=0..k} (T - 1 - i) / T = (T - 1)! / (T - 2 - k)! / T^(k + 1), 0 at the last pass
+    total, passes = view.steps.clamp(min=1).double(), view.step + 1.0
+    return (total.lgamma() - (total - passes).clamp(min=0).lgamma() - passes * total.log()).exp()
+
+
+def _measure(name: str) -> Callable[[View], Tensor]:
+    measures: dict[str, Callable[[View], Tensor]] = {
+        "probability": lambda view: view.confidence,
+        "random": lambda view: uniform(view.generator, view.editable),
+        "margin": _margin,
+        "entropy": _negative_entropy,
+    }
+    if name not in measures:
+        raise InputError(_unknown("confidence", name, list(measures)))
+    return measures[name]
+
+
+def _margin(view: View) -> Tensor:
+    top = (view.logits.topk(2, dim=-1).values - view.logits.logsumexp(dim=-1, keepdim=True)).exp()
+    return top[..., 0] - top[..., 1]
+
+
+def _negative_entropy(view: View) -> Tensor:
+    logs = view.logits.log_softmax(dim=-1)
+    return (logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(dim=-1)  # 0 * -inf counts as 0
+
+
+def _schedule(schedule: str | Schedule) -> Schedule:
+    return schedule_by_name(schedule) if isinstance(schedule, str) else schedule
+
+
+def _check(name: str, got: object, fine: bool, expected: str) -> None:
+    if not fine:
+        raise InputError(f"{name} is {got!r}, expected {expected}: change {name} in the policy's settings")

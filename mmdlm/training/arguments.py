@@ -1,0 +1,43 @@
+"""The command line of every program: `--config NAME_OR_FILE key=value ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from mmdlm.config import load_config
+from mmdlm.errors import InputError
+
+T = TypeVar("T")
+
+
+def config_from_arguments(cls: type[T], arguments: Sequence[str], *, program: str) -> T:
+    """Builds the program's configuration; a bare NAME means the YAML of that name beside the program.
+
+    Prints one sentence and exits with code 2 where an argument is wrong, since a person typed it.
+    """
+    try:
+        rest, yaml_path = list(arguments), None
+        if "--config" in rest:
+            at = rest.index("--config")
+            if at + 1 == len(rest):
+                raise InputError("--config stands last, expected a name or a YAML file after it")
+            yaml_path = _find(rest[at + 1], Path(program).parent)
+            del rest[at : at + 2]
+        flags = [item for item in rest if "=" not in item]
+        if flags:
+            raise InputError(f"got {flags[0]!r}, expected key=value (for example max_train_steps=100) or --config NAME")
+        return load_config(cls, yaml_path, [item.removeprefix("--") for item in rest])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _find(name: str, folder: Path) -> Path:
+    for candidate in (Path(name), folder / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise InputError(f"no configuration {name!r}: expected a YAML file or one of {', '.join(known) or 'none'}")

@@ -1,0 +1,62 @@
+"""A run's numbers on disk: `metrics.jsonl` (one line a report), a curve sheet, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+
+class RunLog:
+    """Appends metrics to `<run>/metrics.jsonl` and prints them; silent where `enabled` is False (other processes).
+
+    On resume, lines beyond the restored step are dropped, so that the file reads as one uninterrupted run.
+    """
+
+    def __init__(self, run: Path, *, step: int = 0, enabled: bool = True):
+        self.path, self.enabled, self.started = run / "metrics.jsonl", enabled, time.monotonic()
+        if enabled:
+            run.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, **numbers: float) -> None:
+        """One report: every number rounded to six significant digits."""
+        if not self.enabled:
+            return
+        row = {"step": step, "seconds": round(time.monotonic() - self.started, 1)}
+        row |= {name: float(f"{value:.6g}") for name, value in numbers.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
+
+
+def plot_curves(run: Path) -> Path | None:
+    """Draws every metric of `metrics.jsonl` over steps into `<run>/curves.png`; None without matplotlib or lines."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return None
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = sorted({name for row in rows for name in row} - {"step", "seconds"})
+    if not names:
+        return None
+    columns = 3
+    height = -(-len(names) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4.2 * columns, 2.6 * height), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    target = run / "curves.png"
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+    return target

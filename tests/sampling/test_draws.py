@@ -1,0 +1,76 @@
+"""Draws: exact probabilities, exact frequencies, and randomness that belongs to rows."""
+
+import pytest
+import torch
+
+from mmdlm.sampling.draws import categorical, greedy, gumbel, row_generators, uniform
+
+
+def frequencies(draw, logits, n=20000):
+    """How often each column is drawn, at n places of one row."""
+    asked = torch.ones(1, n, dtype=torch.bool)
+    columns, confidence = draw(logits.expand(1, n, -1), asked.long(), asked, [torch.Generator().manual_seed(0)])
+    torch.testing.assert_close(confidence, logits.softmax(-1)[columns])  # the model's own probability
+    return torch.bincount(columns[0], minlength=len(logits)) / n
+
+
+@pytest.mark.parametrize(
+    ("settings", "keep"),
+    [({}, 5), ({"temperature": 0.5}, 5), ({"top_k": 3}, 3), ({"top_p": 0.6}, 2), ({"top_p": 0.4}, 1),
+     ({"top_k": 4, "top_p": 0.99}, 4)],
+)
+def test_categorical_frequencies(settings, keep):
+    shares = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+    exact = shares ** (1 / settings.get("temperature", 1.0))
+    exact[keep:] = 0
+    exact /= exact.sum()
+    drawn = frequencies(categorical(**settings), shares.log())
+    assert (drawn[keep:] == 0).all()
+    kept = exact[:keep]
+    chi = ((drawn[:keep] - kept) ** 2 / kept).sum() * 20000
+    assert chi < 18.5  # four degrees of freedom, once in 1000
+
+
+def test_top_k_keeps_ties():
+    drawn = frequencies(categorical(top_k=2), torch.tensor([1.0, 0.0, 0.0, -1.0]))
+    assert (drawn > 0).tolist() == [True, True, True, False]
+
+
+def test_greedy_confidence_is_stable_for_large_logits_and_shut_columns():
+    logits = torch.tensor([[[1e4, 1e4 - 1, -torch.inf], [-1e4, -torch.inf, -torch.inf], [0, 0, 0]]])
+    asked = torch.tensor([[True, True, False]])
+    columns, confidence = greedy(logits, asked.long(), asked, [])
+    assert columns[0, :2].tolist() == [0, 0]
+    torch.testing.assert_close(confidence[0], torch.tensor([1 / (1 + torch.e**-1), 1.0, 0.0]))
+
+
+def test_noise_belongs_to_rows():
+    asked = torch.tensor([[True, True, False], [True, True, True]])
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both = gumbel(generators, asked, 7)
+    alone = gumbel([torch.Generator().manual_seed(3)], asked[:1, :2], 7)
+    assert torch.equal(both[0, :2], alone[0]) and (both[0, 2] == 0).all()
+    # the first row used two places' numbers: it goes on where a row of two places would
+    assert torch.equal(uniform(generators[:1], asked[:1, :1]), uniform([after(3, 2 * 7)], asked[:1, :1]))
+
+
+def after(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(count, generator=generator, dtype=torch.float64)
+    return generator
+
+
+def test_row_generators():
+    device = torch.device("cpu")
+    given = [torch.Generator(), torch.Generator()]
+    assert row_generators(given, 2, device) == given
+    one = row_generators(torch.Generator().manual_seed(1), 3, device)
+    again = row_generators(torch.Generator().manual_seed(1), 2, device)
+    assert [g.initial_seed() for g in one[:2]] == [g.initial_seed() for g in again]
+    assert len({g.initial_seed() for g in one}) == 3
+    torch.manual_seed(0)
+    first = row_generators(None, 1, device)[0].initial_seed()
+    torch.manual_seed(0)
+    assert first == row_generators(None, 1, device)[0].initial_seed()
+    with pytest.raises(ValueError, match="2 generators for 3 rows"):
+        row_generators(given, 3, device)

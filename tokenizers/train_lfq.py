@@ -1,0 +1,292 @@
+"""Trains the visual tokenizer: pictures -> codes -> pictures, top to bottom.
+
+    mmdlm run tokenizers/train_lfq --config pictures_f4 data=PICTURES out=RUN
+    torchrun --nproc_per_node 2 "$(mmdlm path tokenizers/train_lfq)" --config pictures_f4 data=PICTURES out=RUN
+
+The loss is MAGVIT-v2's (arXiv 2310.05737, equation 5 and section 3.1): reconstruction + commitment + per-sample entropy
+- codebook entropy, and, after a warm start, an adversarial term weighed as in VQGAN (arXiv 2012.09841, equation 7).
+A run directory holds checkpoints (resumable), metrics.jsonl, curves.png, sheets of held-out pictures beside their
+reconstructions, and at the end `visual_tokenizer/`, the averaged weights as `LFQTokenizer.from_pretrained` reads them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from mmdlm.config import save_config
+from mmdlm.data.scenes import PictureWorld
+from mmdlm.models.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    lecam,
+    warm_start,
+)
+from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.training.arguments import config_from_arguments
+from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
+from mmdlm.training.run_log import RunLog, plot_curves
+
+
+@dataclass
+class Model:
+    """Arguments of LFQTokenizer."""
+
+    sample_size: int = 64
+    codebook_bits: int = 10
+    encoder_widths: list[int] = field(default_factory=lambda: [64, 128])
+    decoder_widths: list[int] = field(default_factory=lambda: [64, 128])
+    encoder_blocks: int = 2
+    decoder_blocks: int = 2
+    stem_patch: int = 2
+    code_modulation: bool = False
+    quantizer: str = "lfq"
+    fsq_levels: list[int] | None = None
+    entropy_temperature: float = 0.01
+    entropy_group_bits: int | None = None
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; a YAML states what differs from these defaults."""
+
+    data: str = ""
+    out: str = "runs/tokenizer"
+    concepts: int | None = None
+    styles: list[str] = field(default_factory=lambda: ["noto", "twemoji", "fluent_flat", "fluent_modern"])
+    model: Model = field(default_factory=Model)
+    seed: int = 0
+    train_batch_size: int = 16
+    max_train_steps: int = 10_000
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 100
+    lr_end: float = 0.02
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
+    l1_weight: float = 0.2
+    l2_weight: float = 1.0
+    gradient_weight: float = 0.2
+    commitment_weight: float = 0.05
+    sample_entropy_weight: float = 0.01
+    codebook_entropy_weight: float = 0.02
+    entropy_anneal_steps: int = 500
+    perceptual_weight: float = 0.0
+    perceptual_model: str | None = None
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 5_000
+    adversarial_ramp: int = 500
+    lecam_weight: float = 0.001
+    ema_decay: float = 0.999
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    logging_steps: int = 50
+    validation_steps: int = 500
+    validation_pictures: int = 256
+    resume_from_checkpoint: str | None = "latest"
+
+
+class Criterion:
+    """Reconstruction terms over pixels in [-1, 1]: L1, L2, differences at three scales, optionally timm features."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config = config
+        self.features = None
+        if config.perceptual_weight > 0:
+            from mmdlm.training.perceptual import PerceptualDistance
+
+            self.features = PerceptualDistance(config.perceptual_model).to(device)
+
+    def __call__(self, made: Tensor, real: Tensor) -> Tensor:
+        c = self.config
+        loss = c.l1_weight * F.l1_loss(made, real) + c.l2_weight * F.mse_loss(made, real)
+        if c.gradient_weight:
+            loss = loss + c.gradient_weight * gradient_distance(made, real)
+        if self.features is not None:
+            loss = loss + c.perceptual_weight * self.features(made, real)
+        return loss
+
+
+def gradient_distance(made: Tensor, real: Tensor, scales: int = 3) -> Tensor:
+    """Mean L1 distance of horizontal and vertical pixel differences at halving scales: keeps edges sharp without a GAN."""
+    total = made.new_zeros(())
+    error = made - real
+    for _ in range(scales):
+        total = total + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        error = F.avg_pool2d(error, 2)
+    return total / scales
+
+
+def pictures(world: PictureWorld, seeds: range) -> Tensor:
+    """Scenes of the world as pixels [B, 3, H, W] in [-1, 1]."""
+    stack = np.stack([world.scene(seed).image for seed in seeds])
+    return torch.from_numpy(stack).movedim(-1, 1).float() / 127.5 - 1
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then cosine down to `lr_end` times the peak."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    share = (step - config.lr_warmup_steps) / max(config.max_train_steps - config.lr_warmup_steps, 1)
+    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+@torch.no_grad()
+def validate(model: LFQTokenizer, world: PictureWorld, count: int, device: torch.device) -> tuple[dict[str, float], Image.Image]:
+    """PSNR in dB over 8-bit pictures (mean of per-picture values), codes used, perplexity; and a sheet of 16 pairs."""
+    model.eval()
+    real = pictures(world, range(count))
+    used = torch.zeros(model.codebook_size, device=device)
+    made = []
+    for batch in real.split(64):
+        codes = model.encode(batch.to(device))
+        used += torch.bincount(codes.flatten(), minlength=model.codebook_size)
+        made.append(model.decode(codes).cpu())
+    model.train()
+    rebuilt = torch.cat(made)
+    error = ((rebuilt + 1).mul(127.5).round() - (real + 1).mul(127.5).round()).pow(2).mean((1, 2, 3))
+    psnr = (20 * math.log10(255) - 10 * error.clamp_min(1e-3).log10()).mean()
+    share = used / used.sum()
+    perplexity = torch.exp(-torch.xlogy(share, share.clamp_min(1e-12)).sum())
+    numbers = {"psnr": float(psnr), "codes_used": float((used > 0).sum()), "perplexity": float(perplexity)}
+    return numbers, sheet(real[:16], rebuilt[:16])
+
+
+def sheet(real: Tensor, rebuilt: Tensor) -> Image.Image:
+    """Originals above their reconstructions, eight pairs a row, twice enlarged."""
+    rows = []
+    for start in range(0, len(real), 8):
+        for part in (real, rebuilt):
+            rows.append(torch.cat(list(part[start : start + 8]), dim=-1))
+    array = torch.cat(rows, dim=-2).add(1).mul(127.5).round().byte().movedim(0, -1).numpy()
+    image = Image.fromarray(array)
+    return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
+
+
+def main(arguments: list[str]) -> None:
+    config = config_from_arguments(Config, arguments, program=__file__)
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    out = Path(config.out)
+    size = config.model.sample_size
+    train = PictureWorld(config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="train")
+    held_out = PictureWorld(config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="held_out")
+
+    model = LFQTokenizer(**vars(config.model))
+    average = WeightAverage(model, config.ema_decay)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    criterion = Criterion(config, device)
+    discriminator = PatchDiscriminator() if config.adversarial_weight else None
+    judge_optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9)) if discriminator else None
+    score_means = torch.zeros(2, device=device)  # moving averages of the real and the fake score (LeCAM)
+
+    step = 0
+    restored = load_checkpoint(out, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    if restored:
+        weights, state, meta = restored
+        model.load_state_dict(weights["model"])
+        average.state = weights["average"]
+        optimizer.load_state_dict(state["optimizer"])
+        score_means = state["score_means"].to(device)
+        step = meta["step"]
+        if discriminator and judge_optimizer:
+            discriminator.load_state_dict(weights["discriminator"])
+            judge_optimizer.load_state_dict(state["judge_optimizer"])
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if discriminator:
+        discriminator, judge_optimizer = accelerator.prepare(discriminator, judge_optimizer)
+    log = RunLog(out, step=step, enabled=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        save_config(config, out / "config.yaml")
+
+    wrapped.train()
+    clock, seen = time.monotonic(), 0
+    while step < config.max_train_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        # A batch is a pure function of step and rank, so that a resumed run sees what the uninterrupted one would have.
+        first = (step * world_size + rank) * config.train_batch_size
+        real = pictures(train, range(first, first + config.train_batch_size))
+        real = real.to(device, memory_format=torch.channels_last)
+
+        with accelerator.autocast():
+            made, quantized = wrapped(real)
+        reconstruction = criterion(made.float(), real)
+        loss = reconstruction + config.commitment_weight * quantized.commitment
+        numbers = {"reconstruction": reconstruction, "commitment": quantized.commitment}
+        if quantized.entropies is not None:
+            strength = max(1.0, 4.0 * (1 - step / max(config.entropy_anneal_steps, 1)))
+            numbers |= {"sample_entropy": quantized.entropies.per_sample, "codebook_entropy": quantized.entropies.codebook}
+            loss = loss + config.sample_entropy_weight * quantized.entropies.per_sample
+            loss = loss - strength * config.codebook_entropy_weight * quantized.entropies.codebook
+        gate = warm_start(step, start=config.adversarial_start, ramp=config.adversarial_ramp)
+        if discriminator and gate:
+            adversarial = generator_loss(discriminator(made))
+            weight = adaptive_weight(reconstruction, adversarial, model.decoder.out.weight)
+            loss = loss + config.adversarial_weight * gate * weight * adversarial
+            numbers |= {"adversarial": adversarial}
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        optimizer.step()
+        average.update(model, step)
+
+        if discriminator and judge_optimizer and gate:
+            for group in judge_optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            scores, fakes = discriminator(real), discriminator(made.detach())
+            judged = discriminator_loss(scores, fakes) + config.lecam_weight * lecam(scores, fakes, *score_means)
+            judge_optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(judged)
+            judge_optimizer.step()
+            with torch.no_grad():
+                score_means.lerp_(torch.stack([scores.mean(), fakes.mean()]), 0.01)
+            numbers |= {"discriminator": judged}
+
+        step += 1
+        seen += config.train_batch_size * world_size
+        if not math.isfinite(float(loss)):
+            raise SystemExit(f"the loss became {float(loss)} at step {step}: lower learning_rate or max_grad_norm; "
+                             f"the last checkpoint in {out} is whole")
+        if step % config.logging_steps == 0:
+            log.write(step, loss=float(loss), gradient_norm=float(norm), learning_rate=optimizer.param_groups[0]["lr"],
+                      pictures_per_second=seen / (time.monotonic() - clock), **{k: float(v.detach()) for k, v in numbers.items()})
+        last = step == config.max_train_steps
+        if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
+            averaged = LFQTokenizer(**vars(config.model)).to(device)
+            averaged.load_state_dict(average.state)
+            found, picture = validate(averaged, held_out, config.validation_pictures, device)
+            log.write(step, **found)
+            if found["codes_used"] < 0.5 * averaged.codebook_size and step > config.max_train_steps // 2:
+                print(f"warning: {found['codes_used']:.0f} of {averaged.codebook_size} codes used; raise "
+                      "codebook_entropy_weight towards twice sample_entropy_weight or more", flush=True)
+            picture.save(out / f"held_out-{step}.png")
+            averaged.save_pretrained(out / "visual_tokenizer")
+            plot_curves(out)
+        if accelerator.is_main_process and (step % config.checkpointing_steps == 0 or last):
+            parts = {"model": model.state_dict(), "average": average.state}
+            state = {"optimizer": optimizer.state_dict(), "score_means": score_means}
+            if discriminator and judge_optimizer:
+                parts["discriminator"] = accelerator.unwrap_model(discriminator).state_dict()
+                state["judge_optimizer"] = judge_optimizer.state_dict()
+            save_checkpoint(out, step, weights=parts, state=state, meta={}, keep=config.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
