@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from mmdlm import __version__
-from mmdlm.cli import app
+from mmdlm.cli import _one_line, app
 from mmdlm.model_directory import model_hash
 
 PROMPT = "a red apple"
@@ -199,6 +199,17 @@ def test_a_setting_out_of_range(tmp_path, tiny_model, wrong):
 @pytest.mark.parametrize("wrong", [("-n", "0"), ("--seed", "-1"), ("--seed", str(2**63)), ("--nonsense",)])
 def test_a_wrong_option_is_a_usage_error(wrong):
     assert mmdlm("generate", PROMPT, *wrong).exit_code == 2
+
+
+def test_material_that_is_not_there_and_a_place_that_is_none(tmp_path):
+    assert "tools/fetch_pictures.sh" in refused("data", "build", "pictures", tmp_path / "out", "--source", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "is no directory" in refused("data", "build", "pictures", tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_text_of_a_model_never_steers_the_terminal():
+    assert _one_line("a red\n apple\x1b[2J\x07") == "a red apple\ufffd[2J\ufffd"
 
 
 def test_what_stood_there_stays_when_the_work_fails(options, tmp_path):

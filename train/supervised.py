@@ -71,6 +71,7 @@ class Config:
     styles: list[str] = field(default_factory=lambda: ["noto", "twemoji", "fluent_flat", "fluent_modern"])
     kind_weights: dict[str, float] | None = None
     scenes: int = 50_000
+    singles_first_steps: int = 0
     text_vocab_size: int = 2048
     trunk: Trunk = field(default_factory=Trunk)
     image_fold: int = 1
@@ -114,14 +115,18 @@ class Rows:
         self.grid = (scenes.codes.shape[1], scenes.codes.shape[2])
         self.text_ids = processor.text_ids
         self.known: dict[str, list[int]] = {}
+        self.everything = list(range(len(scenes)))
+        self.singles = [n for n, kind in enumerate(scenes.kinds) if kind == "single"]
 
-    def batch(self, number: int, size: int) -> tuple[Canvas, Tensor]:
-        """Batch `number`: (canvas [B, L], valid [B, L])."""
+    def batch(self, number: int, size: int, *, singles: bool = False) -> tuple[Canvas, Tensor]:
+        """Batch `number`: (canvas [B, L], valid [B, L]); `singles` leaves out scenes of several or changed objects."""
         chance = random.Random(f"{self.config.seed}-{number}")
-        return batch([self.row(chance) for _ in range(size)], pad_id=self.vocabulary.pad_id)
+        pool = self.singles if singles else self.everything
+        return batch([self.row(chance, chance.choice(pool)) for _ in range(size)], pad_id=self.vocabulary.pad_id)
 
-    def row(self, chance: random.Random) -> Canvas:
-        c, n = self.config, chance.randrange(len(self.scenes))
+    def row(self, chance: random.Random, n: int) -> Canvas:
+        """Scene n as a row of one task."""
+        c = self.config
         codes = self.scenes.codes[n].long()
         task = chance.random()
         if task < c.draw_share:
@@ -317,7 +322,9 @@ def main(arguments: list[str]) -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-        canvas, valid = rows.batch(step * processes + rank, config.train_batch_size)
+        canvas, valid = rows.batch(
+            step * processes + rank, config.train_batch_size, singles=step < config.singles_first_steps
+        )
         canvas, valid = Canvas(*(part.to(device) for part in canvas)), valid.to(device)
         # Noise is a function of the step too: nothing but the step has to be stored to resume.
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step * processes + rank)

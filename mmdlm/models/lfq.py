@@ -79,15 +79,19 @@ def entropies(z: Tensor, temperature: float, *, group_bits: int | None = None) -
     of them, with gradient. Computed in at least float32 (MAGVIT-v2, arXiv 2310.05737, equation 5).
     """
     z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-    logits = 4.0 * z / temperature
-    probability = logits.sigmoid()
-    # H of a coin with logit x is softplus(x) - x sigmoid(x): no log of a vanishing probability.
-    per_sample = (F.softplus(logits) - logits * probability).sum(-1).mean()
     width = z.shape[-1]
-    if group_bits is None or group_bits >= width:
-        codebook = _joint_entropy(probability)
-    else:
-        codebook = torch.stack([_joint_entropy(p) for p in probability.split(group_bits, dim=-1)]).sum()
+    # Autocast would run the product of the two tables in half precision, whatever the dtype of z.
+    with torch.autocast(z.device.type, enabled=False):
+        logits = 4.0 * z / temperature
+        probability = logits.sigmoid()
+        # H of a coin with logit x is softplus(-|x|) + |x| sigmoid(-|x|): no log of a vanishing probability, and no
+        # difference of two large numbers.
+        size = logits.abs()
+        per_sample = (F.softplus(-size) + size * (-size).sigmoid()).sum(-1).mean()
+        if group_bits is None or group_bits >= width:
+            codebook = _joint_entropy(probability)
+        else:
+            codebook = torch.stack([_joint_entropy(p) for p in probability.split(group_bits, dim=-1)]).sum()
     return Entropies(per_sample, codebook)
 
 
@@ -155,9 +159,11 @@ class LookupFreeQuantizer(nn.Module):
         """z [B, d, h, w], any real -> Quantized. The entropies are computed only in training."""
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
         channels_last = z.movedim(1, -1)
-        found = entropies(channels_last.flatten(0, -2), self.temperature, group_bits=self.group_bits) if self.training else None
+        found = None
+        if self.training:
+            found = entropies(channels_last.flatten(0, -2), self.temperature, group_bits=self.group_bits)
         return Quantized(
-            vectors=z + (signs - z).detach(),
+            vectors=signs + (z - z.detach()),  # exactly the sign; z + (signs - z) would round
             codes=bits_to_codes(channels_last, self.order),
             commitment=F.mse_loss(z.float(), signs.float()),
             entropies=found,

@@ -1,0 +1,83 @@
+"""The concepts of the picture world: what may be drawn, how it is called, and which of them are common.
+
+The table beside this file, `concepts.jsonl`, has one line for each concept, the commonest first. The names are
+everyday noun phrases ("car", not "automobile"), written by hand over Unicode's CLDR names; the order follows how
+often the words are used, corrected by hand so that concrete things come first. A concept is one emoji sequence; left
+out are flags, skin tones, clock faces, keycaps, families, and most symbols.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mmdlm.errors import InputError
+
+TABLE = Path(__file__).with_name("concepts.jsonl")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that can be drawn, and the words for it."""
+
+    sequence: str  # Unicode code points in hex, joined by "-"
+    name: str  # canonical, singular, unique: "red apple"
+    article: str  # "a", "an", "the", or "" ("scissors")
+    plural: str  # "red apples"; "" where counting makes no sense
+    noun: str  # the name without its colour, for a recoloured one: "apple"
+    aliases: tuple[str, ...]  # other everyday names
+    group: str  # of CLDR: "food-drink"
+    subgroup: str  # of CLDR: "food-fruit"
+    slug: str  # of the CLDR label, as some packages name their files
+    recolourable: bool  # may be shown in another colour than its own
+
+    @property
+    def phrase(self) -> str:
+        """The name with its article: "a red apple", "scissors"."""
+        return with_article(self.name, self.article)
+
+    @property
+    def is_plural(self) -> bool:
+        """Whether the name itself takes "are": "scissors", "grapes"."""
+        return not self.article and self.name.split(" of ")[0].split(" in ")[0].endswith("s")
+
+
+def with_article(name: str, article: str) -> str:
+    """`article name`, or only the name where there is no article."""
+    return f"{article} {name}" if article else name
+
+
+def article_before(words: str, article: str) -> str:
+    """The article that stands before `words` when the noun's own is `article`: "an" and "a" change with an adjective.
+
+    "the" and "" stay as they are.
+    """
+    if article not in ("a", "an"):
+        return article
+    return "an" if words[0].lower() in "aeiou" else "a"
+
+
+@cache
+def load_concepts(path: Path = TABLE) -> tuple[Concept, ...]:
+    """All concepts, the commonest first."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return tuple(Concept(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
+
+
+def common_concepts(count: int | None) -> tuple[Concept, ...]:
+    """The `count` commonest concepts, or all of them for None.
+
+    Raises:
+        InputError: `count` is not between 1 and the number of concepts.
+    """
+    concepts = load_concepts()
+    if count is None:
+        return concepts
+    if not 1 <= count <= len(concepts):
+        raise InputError(
+            f"There are {len(concepts)} concepts and concepts={count} was asked for: "
+            f"give a number from 1 to {len(concepts)}."
+        )
+    return concepts[:count]

@@ -1,0 +1,1 @@
+"""Measuring: what a model draws, how it describes, and how sure the numbers are."""

@@ -1,0 +1,45 @@
+"""How sure a share is: Wilson's score interval, and a share as it is printed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+def wilson(right: int, total: int, *, z: float = Z95) -> tuple[float, float]:
+    """The interval in which the true share lies, (low, high), when `right` of `total` were right.
+
+    Wilson's score interval (JASA 22, 1927); unlike the normal one it stays within [0, 1] and is of use at 0 % and
+    100 %. Nothing counted means nothing known: (0, 1). Raises ValueError unless 0 <= right <= total.
+    """
+    if not 0 <= right <= total:
+        raise ValueError(f"{right} of {total} are right, expected from 0 to all: check the counting")
+    if total == 0:
+        return 0.0, 1.0
+    share = right / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    # At the ends the formula is exact but for rounding: 0 right of n has the low end 0.
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def share(right: int, total: int) -> dict[str, Any]:
+    """The count as a row of a results file: right, total, share (None for nothing counted), low and high."""
+    low, high = wilson(right, total)
+    return {
+        "right": right,
+        "total": total,
+        "share": round(right / total, 4) if total else None,
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
+
+
+def percent(counted: dict[str, Any]) -> str:
+    """A row of `share` in words: "93.3 % (89.9 to 95.6)"; a dash where nothing was counted."""
+    if counted["share"] is None:
+        return "–"
+    return f"{100 * counted['share']:.1f} % ({100 * counted['low']:.1f} to {100 * counted['high']:.1f})"

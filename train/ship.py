@@ -1,0 +1,88 @@
+"""Packs a trained pipeline as the shipped model: half precision, sampling presets, a model card.
+
+    mmdlm run train/ship model=RUN/pipeline out=mmdlm/assets/pictures
+
+The directory is written beside its place and renamed, so a failure leaves the old one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmdlm.errors import InputError
+from mmdlm.pipelines import TextToImage
+from mmdlm.training.arguments import config_from_arguments
+
+LIMIT = 40 * 2**20  # bytes of safetensors that the package may carry
+
+
+@dataclass
+class Config:
+    """What to pack, and the presets to pack it with."""
+
+    model: str = ""
+    out: str = "mmdlm/assets/pictures"
+    card: str | None = None
+    draw_steps: int = 16
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    choice_temperature: float = 1.0
+    describe_steps: int = 16
+    ask_steps: int = 8
+    caption_length: int = 16
+    answer_length: int = 8
+
+
+def main(arguments: list[str]) -> None:
+    config = config_from_arguments(Config, arguments, program=__file__)
+    pipeline = TextToImage.from_pretrained(config.model)
+    pipeline.presets = {
+        "draw": {
+            "num_inference_steps": config.draw_steps,
+            "guidance_scale": config.guidance_scale,
+            "policy": {"name": "maskgit", "choice_temperature": config.choice_temperature},
+            "draw": {"name": "categorical", "temperature": config.temperature},
+        },
+        "describe": {
+            "num_inference_steps": config.describe_steps,
+            "answer_length": config.caption_length,
+            "policy": {"name": "top_k"},
+            "draw": {"name": "greedy"},
+        },
+        "ask": {
+            "num_inference_steps": config.ask_steps,
+            "answer_length": config.answer_length,
+            "policy": {"name": "top_k"},
+            "draw": {"name": "greedy"},
+        },
+    }
+    pipeline.to(torch.float16)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.parent))
+    try:
+        pipeline.save_pretrained(place)
+        size = sum(path.stat().st_size for path in place.rglob("*.safetensors"))
+        if size > LIMIT:
+            raise InputError(f"the weights take {size / 2**20:.1f} MiB, expected at most {LIMIT / 2**20:.0f}: train a smaller model")
+        if config.card:
+            shutil.copyfile(config.card, place / "README.md")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(place, out)
+        out.chmod(0o755)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    print(f"{out}: {size / 2**20:.1f} MiB of safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
