@@ -11,7 +11,7 @@ mkdir -p "$run"
 
 if [ "${DEVICE:-cpu}" = gpu ]; then
   launch="accelerate launch --num_processes 1 --mixed_precision bf16"
-  tokenizer=pictures_f4_gpu predictor=pictures_gpu
+  tokenizer=pictures_f8_gpu predictor=pictures_gpu
 else
   export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
   launch="torchrun --standalone --nproc_per_node ${PROCESSES:-2}"

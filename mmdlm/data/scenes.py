@@ -304,7 +304,7 @@ def is_held_out(key: str) -> bool:
 
 
 def layer(picture: Image.Image, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """An RGBA picture at `side` pixels, ready for `paste`: premultiplied colour and transparency, uint16 [side, side, .].
+    """An RGBA picture at `side` pixels for `paste`: premultiplied colour and transparency, uint16 [side, side, *].
 
     It is made smaller with premultiplied alpha, so that no colour of invisible pixels bleeds into the edge.
     """

@@ -38,6 +38,8 @@ SIDE = 64  # pixels a picture is judged at
 _CELL = SIDE // 16
 _CROP = 32  # pixels of what the network sees: a small object's slot and one cell of surroundings, as they are
 _FORMAT = 1  # raised when the same settings would train another judge
+# Of the judge's training scenes: recoloured ones are the hardest, and every drawing has several paints.
+_KINDS = {"single": 0.2, "recoloured": 0.3, "small": 0.12, "count": 0.13, "pair": 0.25}
 _HERE = 0.5  # from this probability on an object counts as standing in its slot
 
 
@@ -77,7 +79,7 @@ _FILLED = torch.tensor([[slot in layout.slots for slot in SLOTS] for layout in L
 class JudgeSettings:
     """How a judge is trained; the cache is keyed by all of it."""
 
-    scenes_per_drawing: int = 80  # training scenes for each drawing (concept in a style)
+    scenes_per_drawing: int = 54  # training scenes for each drawing (concept in a style)
     least_steps: int = 400
     batch_scenes: int = 32
     widths: tuple[int, int, int] = (24, 48, 96)
@@ -228,8 +230,8 @@ def cached_judge(
     """
     key = {
         "format": _FORMAT, "settings": asdict(settings), "concepts": [concept.name for concept in world.concepts],
-        "drawings": {style: _digest(world.drawings.directory / f"{style}.tar") for style in world.styles},
-        "backgrounds": BACKGROUNDS, "paints": PAINTS, "layouts": LAYOUTS, "kinds": world.kind_weights,
+        "drawings": _digest(world.drawings.directory, world.styles),
+        "backgrounds": BACKGROUNDS, "paints": PAINTS, "layouts": LAYOUTS, "kinds": sorted(world.kind_weights),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / f"judge-{name}.safetensors"
@@ -273,7 +275,7 @@ def train_judge(
         concept, paint, here = concept.to(device), paint.to(device), here.to(device)
         concepts, paints, there = net(crops)
         loss = F.cross_entropy(concepts[here], concept[here], label_smoothing=0.05)
-        loss = loss + 0.5 * F.cross_entropy(paints[here], paint[here])
+        loss = loss + F.cross_entropy(paints[here], paint[here])
         loss = loss + F.binary_cross_entropy_with_logits(there, here.float())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -291,8 +293,12 @@ def training_crops(
     """
     number = {concept.name: index for index, concept in enumerate(world.concepts)}
     chance, noise = random.Random(seed), torch.Generator().manual_seed(seed)
+    weights = {kind: weight for kind, weight in _KINDS.items() if kind in world.kind_weights}
     for step in range(steps):
-        scenes = [world.scene(_scene_seed(seed, step * batch_scenes + index)) for index in range(batch_scenes)]
+        kinds = chance.choices(tuple(weights), tuple(weights.values()), k=batch_scenes)
+        # far from the small seeds that models are trained on and measured with
+        first = (1 << 40) + (seed << 32) + step * batch_scenes
+        scenes = [world.scene(first + index, kind) for index, kind in enumerate(kinds)]
         pixels = soften(to_pixels(np.stack([scene.image for scene in scenes])), generator=noise)
         crops, labels = [], []
         for row, scene in enumerate(scenes):
@@ -324,11 +330,9 @@ def layout_of(facts: Mapping[str, Any]) -> Layout:
     )
 
 
-def _scene_seed(seed: int, index: int) -> int:
-    """Seeds of the judge's own scenes, far from the small numbers that models are trained on and measured with."""
-    return (1 << 40) + (seed << 32) + index
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+def _digest(archive: Path, styles: Sequence[str]) -> str:
+    """Of the archive's files of these styles: other drawings need another judge."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in archive.iterdir() if path.stem in styles):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -116,16 +116,20 @@ def _joint_entropy(probability: Tensor) -> Tensor:
 
 
 def _outcomes(probability: Tensor) -> Tensor:
-    """All products of p or 1-p over the columns: [N, k] -> [N, 2^k], rows sum to 1."""
-    table = probability.new_ones(probability.shape[0], 1)
-    for p in probability.unbind(-1):
-        pair = torch.stack([1 - p, p], -1)
-        table = (table.unsqueeze(-1) * pair.unsqueeze(1)).flatten(1)
-    return table
+    """All products of p or 1-p over the columns: [N, k] -> [N, 2^k], rows sum to 1; the first column counts most.
+
+    Halves first: few large products instead of one small one per bit, half the time.
+    """
+    width = probability.shape[-1]
+    if width == 1:
+        return torch.cat([1 - probability, probability], -1)
+    left, right = _outcomes(probability[:, : width // 2]), _outcomes(probability[:, width // 2 :])
+    return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -torch.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum()
+    # The clamp keeps a code of probability 0 at 0 with a finite gradient.
+    return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum()
 
 
 def _all_mean(mean: Tensor) -> Tensor:

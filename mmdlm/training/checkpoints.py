@@ -37,10 +37,12 @@ class WeightAverage:
         """Moves the average towards the module's present weights; `step` counts from 0."""
         keep = min(self.decay, (1 + step) / (10 + step))
         for name, value in module.state_dict().items():
+            # Made before the module moved, or read from a checkpoint, the average lies elsewhere: it follows the module.
+            mean = self.state[name] = self.state[name].to(value.device)
             if value.is_floating_point():
-                self.state[name].lerp_(value.detach(), 1 - keep)
+                mean.lerp_(value.detach(), 1 - keep)
             else:
-                self.state[name].copy_(value)
+                mean.copy_(value)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -55,6 +57,8 @@ def save_checkpoint(
     """Writes `run/checkpoint-<step>`: one safetensors file per entry of `weights`, `state.pt` (optimizers, generators)
     and `meta.json`; keeps the newest `keep` checkpoints. Returns its path."""
     run.mkdir(parents=True, exist_ok=True)
+    for abandoned in [*run.glob(".writing-*"), *run.glob(".deleting-*")]:  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
     place = Path(tempfile.mkdtemp(prefix=".writing-", dir=run))
     try:
         for name, tensors in weights.items():
@@ -63,14 +67,22 @@ def save_checkpoint(
         (place / "meta.json").write_text(json.dumps({"step": step, **meta}, indent=1))
         target = run / f"checkpoint-{step}"
         if target.exists():
-            shutil.rmtree(target)
+            _delete(target)
         os.replace(place, target)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        _delete(old)
     return target
+
+
+def _delete(checkpoint: Path) -> None:
+    """Removes a checkpoint that is whole until it is gone: a kill halfway leaves no directory of its name."""
+    doomed = checkpoint.with_name(f".deleting-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def load_checkpoint(run: Path, which: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]] | None:
@@ -83,7 +95,8 @@ def load_checkpoint(run: Path, which: str) -> tuple[dict[str, dict[str, Tensor]]
     else:
         place = run / Path(which).name
         if not place.is_dir():
-            raise InputError(f"no checkpoint {which!r} in {run}: there are {[p.name for p in list_checkpoints(run)]}, or use 'latest'")
+            known = ", ".join(p.name for p in list_checkpoints(run)) or "none"
+            raise InputError(f"no checkpoint {which!r} in {run}, expected 'latest' or one of: {known}")
     weights = {p.stem: load_file(p) for p in sorted(place.glob("*.safetensors"))}
     state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
     return weights, state, json.loads((place / "meta.json").read_text())

@@ -18,6 +18,9 @@ class PerceptualDistance(nn.Module):
     Raises InputError where no name is given: random features would be a silent substitute for perception.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: str | None):
         super().__init__()
         if not model:

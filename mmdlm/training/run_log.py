@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -17,9 +18,10 @@ class RunLog:
         self.path, self.enabled, self.started = run / "metrics.jsonl", enabled, time.monotonic()
         if enabled:
             run.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] <= step]
+            beside = self.path.with_name(f".{self.path.name}")
+            beside.write_text("".join(kept))
+            os.replace(beside, self.path)
 
     def write(self, step: int, **numbers: float) -> None:
         """One report: every number rounded to six significant digits."""
@@ -32,6 +34,13 @@ class RunLog:
         print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
 
 
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of `<run>/metrics.jsonl` as dicts; a last line that a kill cut short is left out."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def plot_curves(run: Path) -> Path | None:
     """Draws every metric of `metrics.jsonl` over steps into `<run>/curves.png`; None without matplotlib or lines."""
     try:
@@ -41,7 +50,7 @@ def plot_curves(run: Path) -> Path | None:
         import matplotlib.pyplot as plt
     except ImportError:
         return None
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run)
     names = sorted({name for row in rows for name in row} - {"step", "seconds"})
     if not names:
         return None
