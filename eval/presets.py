@@ -65,7 +65,9 @@ def main(arguments: list[str]) -> None:
         }
         generators = [torch.Generator().manual_seed(config.seed + n) for n in range(len(prompts))]
         started = time.monotonic()
-        drawn = pipeline(prompts, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="pt")
+        drawn = pipeline(
+            prompts, num_inference_steps=steps, guidance_scale=scale, generator=generators, output_type="pt"
+        )
         rows.append(
             {
                 "steps": steps,

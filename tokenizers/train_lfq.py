@@ -120,7 +120,7 @@ class Criterion:
 
 
 def gradient_distance(made: Tensor, real: Tensor, scales: int = 3) -> Tensor:
-    """Mean L1 distance of horizontal and vertical pixel differences at halving scales: keeps edges sharp without a GAN."""
+    """Mean L1 distance of horizontal and vertical differences at halving scales: keeps edges sharp without a GAN."""
     total = made.new_zeros(())
     error = made - real
     for _ in range(scales):
@@ -140,11 +140,15 @@ def learning_rate(config: Config, step: int) -> float:
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     share = (step - config.lr_warmup_steps) / max(config.max_train_steps - config.lr_warmup_steps, 1)
-    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+    return config.learning_rate * (
+        config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    )
 
 
 @torch.no_grad()
-def validate(model: LFQTokenizer, world: PictureWorld, count: int, device: torch.device) -> tuple[dict[str, float], Image.Image]:
+def validate(
+    model: LFQTokenizer, world: PictureWorld, count: int, device: torch.device
+) -> tuple[dict[str, float], Image.Image]:
     """PSNR in dB over 8-bit pictures (mean of per-picture values), codes used, perplexity; and a sheet of 16 pairs."""
     model.eval()
     real = pictures(world, range(count))
@@ -183,7 +187,9 @@ def main(arguments: list[str]) -> None:
     out = Path(config.out)
     size = config.model.sample_size
     train = PictureWorld(config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="train")
-    held_out = PictureWorld(config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="held_out")
+    held_out = PictureWorld(
+        config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="held_out"
+    )
 
     model = LFQTokenizer(**vars(config.model))
     average = WeightAverage(model, config.ema_decay)
@@ -230,7 +236,10 @@ def main(arguments: list[str]) -> None:
         numbers = {"reconstruction": reconstruction, "commitment": quantized.commitment}
         if quantized.entropies is not None:
             strength = max(1.0, 4.0 * (1 - step / max(config.entropy_anneal_steps, 1)))
-            numbers |= {"sample_entropy": quantized.entropies.per_sample, "codebook_entropy": quantized.entropies.codebook}
+            numbers |= {
+                "sample_entropy": quantized.entropies.per_sample,
+                "codebook_entropy": quantized.entropies.codebook,
+            }
             loss = loss + config.sample_entropy_weight * quantized.entropies.per_sample
             loss = loss - strength * config.codebook_entropy_weight * quantized.entropies.codebook
         gate = warm_start(step, start=config.adversarial_start, ramp=config.adversarial_ramp)
@@ -260,11 +269,19 @@ def main(arguments: list[str]) -> None:
         step += 1
         seen += config.train_batch_size * world_size
         if not math.isfinite(float(loss)):
-            raise SystemExit(f"the loss became {float(loss)} at step {step}: lower learning_rate or max_grad_norm; "
-                             f"the last checkpoint in {out} is whole")
+            raise SystemExit(
+                f"the loss became {float(loss)} at step {step}: lower learning_rate or max_grad_norm; "
+                f"the last checkpoint in {out} is whole"
+            )
         if step % config.logging_steps == 0:
-            log.write(step, loss=float(loss), gradient_norm=float(norm), learning_rate=optimizer.param_groups[0]["lr"],
-                      pictures_per_second=seen / (time.monotonic() - clock), **{k: float(v.detach()) for k, v in numbers.items()})
+            log.write(
+                step,
+                loss=float(loss),
+                gradient_norm=float(norm),
+                learning_rate=optimizer.param_groups[0]["lr"],
+                pictures_per_second=seen / (time.monotonic() - clock),
+                **{k: float(v.detach()) for k, v in numbers.items()},
+            )
         last = step == config.max_train_steps
         if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
             averaged = LFQTokenizer(**vars(config.model)).to(device)
@@ -272,8 +289,11 @@ def main(arguments: list[str]) -> None:
             found, picture = validate(averaged, held_out, config.validation_pictures, device)
             log.write(step, **found)
             if found["codes_used"] < 0.5 * averaged.codebook_size and step > config.max_train_steps // 2:
-                print(f"warning: {found['codes_used']:.0f} of {averaged.codebook_size} codes used; raise "
-                      "codebook_entropy_weight towards twice sample_entropy_weight or more", flush=True)
+                print(
+                    f"warning: {found['codes_used']:.0f} of {averaged.codebook_size} codes used; raise "
+                    "codebook_entropy_weight towards twice sample_entropy_weight or more",
+                    flush=True,
+                )
             picture.save(out / f"held_out-{step}.png")
             averaged.save_pretrained(out / "visual_tokenizer")
             plot_curves(out)

@@ -71,7 +71,9 @@ def main(arguments: list[str]) -> None:
         pipeline.save_pretrained(place)
         size = sum(path.stat().st_size for path in place.rglob("*.safetensors"))
         if size > LIMIT:
-            raise InputError(f"the weights take {size / 2**20:.1f} MiB, expected at most {LIMIT / 2**20:.0f}: train a smaller model")
+            raise InputError(
+                f"the weights take {size / 2**20:.1f} MiB, expected at most {LIMIT / 2**20:.0f}: train a smaller model"
+            )
         if config.card:
             shutil.copyfile(config.card, place / "README.md")
         if out.exists():

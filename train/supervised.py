@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 2 "$(mmdlm path train/supervised)" --config pictures data=PICTURES ...
 
 One batch mixes tasks: text to picture, picture to caption, picture and question to answer, and pictures without words
-(the unconditional branch of guidance). They differ in which places are corruptible and nothing else. Pictures are masked
-by the cosine schedule with weight 1 (MaskGIT, arXiv 2202.04200), text linearly with weight 1/t (LLaDA, arXiv 2502.09992).
-The head runs over supervised places and their modality's columns only, so no [B, L, V] tensor ever exists.
+(the unconditional branch of guidance). They differ in which places are corruptible and in nothing else. Pictures are
+masked by the cosine schedule with weight 1 (MaskGIT, arXiv 2202.04200), text linearly with weight 1/t (LLaDA, arXiv
+2502.09992). The head runs over supervised places and their modality's columns only: no [B, L, V] tensor ever exists.
 
 A run directory holds checkpoints (resumable), metrics.jsonl, curves.png, sheets of drawings, and `pipeline/`, the model
 directory that every `from_pretrained` and `mmdlm --model` reads.
@@ -149,7 +149,12 @@ class Rows:
 
 
 def masked_losses(
-    model: torch.nn.Module, inner: MaskPredictor, canvas: Canvas, valid: Tensor, config: Config, generator: torch.Generator
+    model: torch.nn.Module,
+    inner: MaskPredictor,
+    canvas: Canvas,
+    valid: Tensor,
+    config: Config,
+    generator: torch.Generator,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Corrupts a batch and asks the model once: {modality: (sum of weighted losses, normaliser)}.
 
@@ -159,8 +164,13 @@ def masked_losses(
     schedule = by_modality(canvas.modality, text=text, image=schedule_by_name(config.image_schedule))
     t = sample_t(len(canvas.ids), generator=generator, minimum=config.minimum_t).to(canvas.ids.device)
     corrupted = mask(
-        canvas.ids, t, corruptible=canvas.editable, mask_id=inner.vocabulary.mask_id, schedule=schedule,
-        generator=generator, at_least_one=True,
+        canvas.ids,
+        t,
+        corruptible=canvas.editable,
+        mask_id=inner.vocabulary.mask_id,
+        schedule=schedule,
+        generator=generator,
+        at_least_one=True,
     )
     where = supervised_places(corrupted.supervised)
     seen = attention.full(valid)
@@ -191,9 +201,7 @@ def build_processor(scenes: CodedScenes, config: Config, tokenizer: LFQTokenizer
     names = {"mask_id": "mask", "bos_id": "bos", "eos_id": "eos", "pad_id": "pad", "boi_id": "boi", "eoi_id": "eoi"}
     names |= {"draw_id": "draw", "describe_id": "describe", "ask_id": "ask"}
     ids = {key: text.convert_tokens_to_ids(f"<|{word}|>") for key, word in names.items()}
-    vocabulary = Vocabulary(
-        text_size=len(text), image_start=len(text), image_size=tokenizer.codebook_size, **ids
-    )
+    vocabulary = Vocabulary(text_size=len(text), image_start=len(text), image_size=tokenizer.codebook_size, **ids)
     return MMDLMProcessor(text, vocabulary=vocabulary.to_dict(), image_size=tokenizer.config["sample_size"])
 
 
@@ -203,14 +211,18 @@ def build_model(config: Config, vocabulary: Vocabulary, tokenizer: LFQTokenizer)
     return MaskPredictor(
         MaskPredictorConfig(
             trunk=asdict(config.trunk) | {"max_position_embeddings": config.max_positions},
-            vocabulary=vocabulary.to_dict(), code_bits=bits, bit_order=tokenizer.config["bit_order"],
-            image_side=side, image_fold=config.image_fold, max_positions=config.max_positions,
+            vocabulary=vocabulary.to_dict(),
+            code_bits=bits,
+            bit_order=tokenizer.config["bit_order"],
+            image_side=side,
+            image_fold=config.image_fold,
+            max_positions=config.max_positions,
         )
     )
 
 
-def build_optimizers(model: MaskPredictor, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon (torch's own) for the trunk's matrices and AdamW for the rest."""
+def build_optimizers(model: MaskPredictor, config: Config) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimizer, peak learning rate): AdamW for everything, or Muon (torch's own) for the trunk's matrices first."""
     matrices = [p for n, p in model.trunk.named_parameters() if p.ndim == 2 and "embed" not in n]
     if config.optimizer == "adamw":
         matrices = []
@@ -220,12 +232,11 @@ def build_optimizers(model: MaskPredictor, config: Config) -> list[torch.optim.O
     decayed = [p for p in model.parameters() if id(p) not in chosen and p.ndim == 2]
     rest = [p for p in model.parameters() if id(p) not in chosen and p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, config.learning_rate)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+        optimizers.append((muon, config.muon_learning_rate))
     return optimizers
 
 
@@ -246,7 +257,9 @@ def validate(model: MaskPredictor, rows: Rows, config: Config) -> dict[str, floa
     for number in range(max(config.validation_scenes // config.train_batch_size, 1)):
         canvas, valid = rows.batch(number, config.train_batch_size)
         canvas = Canvas(*(part.to(model.device) for part in canvas))
-        for name, (total, normaliser) in masked_losses(model, model, canvas, valid.to(model.device), config, generator).items():
+        for name, (total, normaliser) in masked_losses(
+            model, model, canvas, valid.to(model.device), config, generator
+        ).items():
             sums[name][0] += float(total)
             sums[name][1] += float(normaliser)
     return {f"held_out_{name}": total / max(count, 1) for name, (total, count) in sums.items()}
@@ -279,7 +292,12 @@ def main(arguments: list[str]) -> None:
     # 1. Pictures as codes, words as ids.
     tokenizer = LFQTokenizer.from_pretrained(config.tokenizer).to(device).eval()
     size = tokenizer.config["sample_size"]
-    settings = {"concepts": config.concepts, "styles": config.styles, "resolution": size, "kind_weights": config.kind_weights}
+    settings = {
+        "concepts": config.concepts,
+        "styles": config.styles,
+        "resolution": size,
+        "kind_weights": config.kind_weights,
+    }
     pools = {}
     with accelerator.main_process_first():
         for split, count in (("train", config.scenes), ("held_out", config.validation_scenes)):
@@ -303,15 +321,19 @@ def main(arguments: list[str]) -> None:
         weights, state, meta = restored
         model.load_state_dict(weights["model"])
         average.state = {name: value.to(device) for name, value in weights["average"].items()}
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = meta["step"]
     wrapped = accelerator.prepare(model)
     log = RunLog(out, step=step, enabled=accelerator.is_main_process)
     if accelerator.is_main_process:
         save_config(config, out / "config.yaml")
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {processor.vocabulary.size}, "
-              f"{len(pools['train'])} scenes, {processes} process(es) on {device}", flush=True)
+        print(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+            f"vocabulary {processor.vocabulary.size}, {len(pools['train'])} scenes, "
+            f"{processes} process(es) on {device}",
+            flush=True,
+        )
 
     # 3. The loop.
     wrapped.train()
@@ -319,9 +341,9 @@ def main(arguments: list[str]) -> None:
     running: dict[str, float] = {}
     while step < config.max_train_steps:
         share = learning_share(config, step)
-        for optimizer in optimizers:
+        for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                group["lr"] = peak * share
         canvas, valid = rows.batch(
             step * processes + rank, config.train_batch_size, singles=step < config.singles_first_steps
         )
@@ -332,11 +354,11 @@ def main(arguments: list[str]) -> None:
             losses = masked_losses(wrapped, model, canvas, valid, config, noise)
         means = {name: total / count for name, (total, count) in losses.items()}
         loss = means["image"] + config.text_weight * means["text"]
-        for optimizer in optimizers:
+        for optimizer, _ in optimizers:
             optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-        for optimizer in optimizers:
+        for optimizer, _ in optimizers:
             optimizer.step()
         average.update(model, step)
         step += 1
@@ -344,18 +366,22 @@ def main(arguments: list[str]) -> None:
         tokens += int(valid.sum()) * processes
 
         if not math.isfinite(float(loss.detach())):
-            raise SystemExit(f"the loss became {float(loss.detach())} at step {step}: lower learning_rate or max_grad_norm; "
-                             f"the last checkpoint in {out} is whole")
+            raise SystemExit(
+                f"the loss became {float(loss.detach())} at step {step}: lower learning_rate or max_grad_norm; "
+                f"the last checkpoint in {out} is whole"
+            )
         for name, value in {"loss": loss, **means, "gradient_norm": norm}.items():
             running[name] = running.get(name, 0.0) + float(value.detach()) / config.logging_steps
         if step % config.logging_steps == 0:
             spent = time.monotonic() - clock
-            log.write(step, **running, learning_share=share, rows_per_second=seen / spent, tokens_per_second=tokens / spent)
+            log.write(
+                step, **running, learning_share=share, rows_per_second=seen / spent, tokens_per_second=tokens / spent
+            )
             running, clock, seen, tokens = {}, time.monotonic(), 0, 0
         last = step == config.max_train_steps
         if accelerator.is_main_process and (step % config.checkpointing_steps == 0 or last):
             parts = {"model": model.state_dict(), "average": average.state}
-            state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state = {"optimizers": [optimizer.state_dict() for optimizer, _ in optimizers]}
             save_checkpoint(out, step, weights=parts, state=state, meta={}, keep=config.checkpoints_total_limit)
         if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
             averaged = build_model(config, processor.vocabulary, tokenizer).to(device)

@@ -57,7 +57,9 @@ def coded_scenes(
         if stem.with_suffix(".safetensors").exists() and stem.with_suffix(".json").exists():
             words = json.loads(stem.with_suffix(".json").read_text())
             questions = [[(q, a) for q, a in pairs] for pairs in words["questions"]]
-            return CodedScenes(load_file(stem.with_suffix(".safetensors"))["codes"], words["captions"], questions, words["kinds"])
+            return CodedScenes(
+                load_file(stem.with_suffix(".safetensors"))["codes"], words["captions"], questions, words["kinds"]
+            )
     codes, captions, questions, kinds = [], [], [], []
     for start in tqdm(range(0, len(seeds), batch_size), desc="encoding scenes", unit="batch", mininterval=5):
         scenes = [world.scene(seed) for seed in seeds[start : start + batch_size]]

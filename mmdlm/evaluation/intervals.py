@@ -22,8 +22,8 @@ def wilson(right: int, total: int, *, z: float = Z95) -> tuple[float, float]:
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    # At the ends the formula is exact but for rounding: 0 right of n has the low end 0.
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At the ends the formula is exact but for the last bit: none right has the low end 0, all right the high end 1.
+    return (centre - spread) / scale if right else 0.0, (centre + spread) / scale if right < total else 1.0
 
 
 def share(right: int, total: int) -> dict[str, Any]:

@@ -30,7 +30,16 @@ from tqdm import tqdm
 
 from mmdlm.data.colours import BACKGROUNDS, PAINTS
 from mmdlm.data.concepts import Concept
-from mmdlm.data.scenes import _CORNERS, _COUNT_PLACES, _LARGE, _PAIR, _PAIR_PLACES, _PAIR_POSITIONS, _SMALL, PictureWorld
+from mmdlm.data.scenes import (
+    _CORNERS,
+    _COUNT_PLACES,
+    _LARGE,
+    _PAIR,
+    _PAIR_PLACES,
+    _PAIR_POSITIONS,
+    _SMALL,
+    PictureWorld,
+)
 from mmdlm.errors import InputError
 from mmdlm.evaluation.softening import soften
 
@@ -88,7 +97,7 @@ class JudgeSettings:
 
 
 class Judgement(NamedTuple):
-    """What the judge sees: `facts` in a scene's own form (without style), `sure` its mean log-probability of the slots."""
+    """What the judge sees: `facts` in a scene's form (without style), `sure`: the mean log-probability of the slots."""
 
     facts: dict[str, Any]
     sure: float
@@ -102,8 +111,8 @@ class ObjectNet(nn.Module):
         layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
         before = 12
         for level, width in enumerate(widths):
-            layers += [nn.Conv2d(before, width, 3, stride=1 + (level > 0), padding=1, bias=False), nn.BatchNorm2d(width)]
-            layers += [nn.ReLU(), _Residual(width)]
+            layers += [nn.Conv2d(before, width, 3, stride=2 if level else 1, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(), _Residual(width)]
             before = width
         self.trunk = nn.Sequential(*layers, nn.Flatten())
         self.features = nn.Sequential(nn.Linear(before * (_CROP // 8) ** 2, 256), nn.BatchNorm1d(256), nn.ReLU())
@@ -156,7 +165,7 @@ class Judge:
         return judged
 
     def _facts(self, layout: Layout, background: str, concept: Tensor, paint: Tensor, here: Tensor) -> dict[str, Any]:
-        """Facts in a scene's form. A slot of the layout where nothing stands is left out, so three of four count three."""
+        """Facts in a scene's form; a slot of the layout where nothing stands is left out: three of four count three."""
         objects: list[dict[str, Any]] = []
         for index, slot in enumerate(layout.slots):
             at = SLOTS.index(slot)
@@ -198,7 +207,7 @@ def crop(pixels: Tensor, slot: Slot, *, shift: tuple[int, int] = (0, 0)) -> Tens
 
 
 def background_names(pixels: Tensor) -> list[str]:
-    """The named colour that most pixels of the border (two wide) are nearest to: [N, 3, 64, 64] in [-1, 1] -> N names."""
+    """The named colour nearest to most pixels of the border, two wide: [N, 3, 64, 64] in [-1, 1] -> N names."""
     edge = torch.ones(pixels.shape[-2:], dtype=torch.bool)
     edge[2:-2, 2:-2] = False
     border = pixels[:, :, edge.to(pixels.device)].transpose(1, 2)

@@ -81,6 +81,7 @@ def tally(rows: Iterable[tuple[str, Mapping[str, bool]]]) -> dict[str, dict[str,
 _BACKGROUND = re.compile(rf"(?P<rest>.*) on an? (?P<name>{'|'.join(BACKGROUNDS)}) background")
 _SMALL = re.compile(r"(?:an? |the )?small (?P<thing>.+) in the (?P<place>(?:top|bottom) (?:left|right)|centre)")
 _ARTICLE = re.compile(r"^(?:an?|the) ")
+_NUMBER_WORDS = {word: number for number, word in NUMBERS.items() if number > 1}
 _POSITIONS = {"horizontal": ("left", "right"), "vertical": ("top", "bottom")}
 
 
@@ -113,14 +114,14 @@ def caption_facts(caption: str, concepts: Sequence[Concept]) -> dict[str, Any]:
 def _thing(words: str, concepts: Sequence[Concept], *, position: str, size: str | None) -> dict[str, Any]:
     """A noun phrase: "a red apple", "a yellow apple" (recoloured), "three cats", "scissors"."""
     bare = _ARTICLE.sub("", words)
-    number, _, plural = bare.partition(" ")
-    colour, _, noun = bare.partition(" ")
-    count, paint, concept = 1, None, None
-    if number in list(NUMBERS.values())[1:]:
-        count = next(value for value, word in NUMBERS.items() if word == number)
-        concept = next((c.name for c in concepts if c.plural == plural), None)
+    first, _, rest = bare.partition(" ")
+    count, paint = 1, None
     # A concept's own name comes first: "a green apple" is no recoloured apple where there is a green one.
-    elif (concept := next((c.name for c in concepts if c.name == bare), None)) is None and colour in PAINTS:
-        concept = next((c.name for c in concepts if c.noun == noun), None)
-        paint = colour if concept else None
+    concept = next((c.name for c in concepts if c.name == bare), None)
+    if concept is None and first in _NUMBER_WORDS:
+        count = _NUMBER_WORDS[first]
+        concept = next((c.name for c in concepts if c.plural == rest), None)
+    elif concept is None and first in PAINTS:
+        concept = next((c.name for c in concepts if c.noun == rest), None)
+        paint = first if concept else None
     return {"concept": concept, "colour": paint, "count": count, "position": position, "size": size}

@@ -1,9 +1,9 @@
-"""The patch discriminator of the tokenizer's adversarial loss (PatchGAN, arXiv 1611.07004; used so in VQGAN, 2012.09841).
+"""The patch discriminator of the tokenizer's adversarial loss (PatchGAN, arXiv 1611.07004; as in VQGAN, 2012.09841).
 
 It judges overlapping patches, not whole pictures, so that it sharpens texture and leaves layout to the reconstruction
 loss. Losses are the hinge form; `adaptive_weight` is VQGAN's equation 7, which keeps the adversarial gradient at the
-last decoder layer as large as the reconstruction's; `warm_start` is the gate that holds it at zero until reconstructions
-are worth judging. LeCAM regularisation (arXiv 2104.03310) steadies it on little data.
+last decoder layer as large as the reconstruction's; `warm_start` is the gate that holds it at zero until
+reconstructions are worth judging. LeCAM regularisation (arXiv 2104.03310) steadies it on little data.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-    """LeCAM regulariser (arXiv 2104.03310, equation 4): pulls scores towards the other side's moving average (scalars)."""
+    """LeCAM regulariser (arXiv 2104.03310, equation 4): pulls scores towards the other side's moving mean (scalars)."""
     return F.relu(real - fake_mean).pow(2).mean() + F.relu(real_mean - fake).pow(2).mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor, *, ceiling: float = 1e4) -> Tensor:
-    """||grad reconstruction|| / ||grad adversarial|| at the last decoder weight (arXiv 2012.09841, equation 7), no gradient."""
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor, *, ceiling: float = 1e4
+) -> Tensor:
+    """||grad reconstruction|| / ||grad adversarial|| at the last decoder weight (arXiv 2012.09841, equation 7)."""
     (a,) = torch.autograd.grad(reconstruction, last_weight, retain_graph=True)
     (b,) = torch.autograd.grad(adversarial, last_weight, retain_graph=True)
     return (a.norm() / (b.norm() + 1e-4)).clamp(0.0, ceiling).detach()

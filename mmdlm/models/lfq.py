@@ -5,7 +5,7 @@ gradient passes straight through. What needs care is the entropy penalty (equati
 codes and for even use of all 2^d of them. Written plainly it takes a softmax over N x 2^d distances. But the squared
 distance to a sign code is a sum over bits, so that softmax factorises:
 
-    p(code | z) = prod_b sigmoid(4 z_b s_b / temperature)          (s_b = +1 or -1, codes at +-1, distance / temperature)
+    p(code | z) = prod_b sigmoid(4 z_b s_b / temperature)          (s_b = +1 or -1, squared distance / temperature)
 
 hence E[H(p(. | z))] is a sum of d bit entropies, and the batch mean E[p], whose entropy is the codebook term, is one
 matrix product of two half-width tables: N x 2^(d/2) each instead of N x 2^d. Both are exact.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 
 class Entropies(NamedTuple):
-    """per_sample: mean entropy of p(code | z); codebook: entropy of the mean of p; both scalars in nats, in [0, d ln 2]."""
+    """per_sample: mean entropy of p(code | z); codebook: entropy of the mean of p; scalars in nats, in [0, d ln 2]."""
 
     per_sample: Tensor
     codebook: Tensor
@@ -74,9 +74,9 @@ def codes_to_bits(codes: Tensor, bits: int, order: str = "big", dtype: torch.dty
 def entropies(z: Tensor, temperature: float, *, group_bits: int | None = None) -> Entropies:
     """Exact entropies of the soft assignment of z [N, d] to all sign codes, without a 2^d-wide row per vector.
 
-    `group_bits` replaces the joint codebook entropy by the sum over groups of that many bits: an upper bound, equal when
-    the groups are independent, cheaper still for d = 18. On several processes the mean assignment is averaged over all
-    of them, with gradient. Computed in at least float32 (MAGVIT-v2, arXiv 2310.05737, equation 5).
+    `group_bits` replaces the joint codebook entropy by the sum over groups of that many bits: an upper bound, equal
+    when the groups are independent, cheaper still for d = 18. On several processes the mean assignment is averaged
+    over all of them, with gradient. Computed in at least float32 (MAGVIT-v2, arXiv 2310.05737, equation 5).
     """
     z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
     width = z.shape[-1]

@@ -16,7 +16,7 @@ Shape letters: B rows, L places, W asked places, V ids, D width, M places after 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -121,12 +121,16 @@ class MaskPredictor(PreTrainedModel):
         trunk_config = config.trunk_config()
         trunk_config._attn_implementation = config._attn_implementation
         self.trunk = AutoModel.from_config(trunk_config)
+        if config.prediction_offset not in (0, 1):
+            raise ValueError(f"prediction_offset is {config.prediction_offset!r}, expected 0 or 1")
         width, vocabulary = trunk_config.hidden_size, config.shared_vocabulary
         self.vocabulary = vocabulary
         self.head = nn.Linear(width, vocabulary.size, bias=False)
         if config.code_bits:
             if vocabulary.image_size != 2**config.code_bits:
-                raise ValueError(f"code_bits is {config.code_bits} for {vocabulary.image_size} image codes, expected 2^bits codes")
+                raise ValueError(
+                    f"code_bits is {config.code_bits} for {vocabulary.image_size} image codes, expected 2^bits codes"
+                )
             self.bits_in = nn.Parameter(torch.empty(config.code_bits, width))
             self.bits_out = nn.Parameter(torch.empty(config.code_bits, width))
         if config.image_side:
@@ -134,7 +138,9 @@ class MaskPredictor(PreTrainedModel):
             self.columns = nn.Embedding(config.image_side, width)
         if config.image_fold > 1:
             if config.prediction_offset:
-                raise ValueError("image_fold above 1 cannot be combined with prediction_offset 1: folded places have no order")
+                raise ValueError(
+                    "image_fold above 1 cannot be combined with prediction_offset 1: folded places have no order"
+                )
             self.fold = nn.Linear(config.image_fold**2 * width, width, bias=False)
             self.unfold = nn.Linear(width, config.image_fold**2 * width, bias=False)
         self.post_init()
@@ -154,7 +160,7 @@ class MaskPredictor(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head = new_embeddings
 
     def forward(
@@ -177,7 +183,8 @@ class MaskPredictor(PreTrainedModel):
             where: [B, W] asked places; default all.
             columns: (first, last + 1) of the ids wanted; default all.
 
-        Returns logits [B, W, last + 1 - first]. Raises ValueError for a row longer than `max_positions` or a missing grid.
+        Returns logits [B, W, last + 1 - first]. Raises ValueError for a row longer than `max_positions` and for a
+        missing grid.
         """
         if input_ids.shape[1] > self.config.max_positions:
             raise ValueError(f"a row has {input_ids.shape[1]} tokens, expected at most {self.config.max_positions}")
@@ -189,7 +196,7 @@ class MaskPredictor(PreTrainedModel):
         else:
             hidden = self._run(hidden, attention_mask, position_ids)
             if self.config.prediction_offset:
-                hidden = torch.cat([hidden[:, :1], hidden[:, : -self.config.prediction_offset]], 1)
+                hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], 1)  # the first place has none before it
             if where is not None:
                 hidden = hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return MaskPredictorOutput(logits=hidden @ self.head_rows(columns).T, hidden=hidden)
@@ -211,7 +218,8 @@ class MaskPredictor(PreTrainedModel):
         return torch.cat(parts) if low > first else parts[1]
 
     def _embed(self, ids: Tensor, grid: Tensor | None) -> Tensor:
-        hidden = F.embedding(ids, self._with_bits(self.get_input_embeddings().weight, "bits_in", 0, self.vocabulary.size))
+        table = cast(Tensor, self.get_input_embeddings().weight)
+        hidden = F.embedding(ids, self._with_bits(table, "bits_in", 0, self.vocabulary.size))
         if self.config.image_side and grid is not None:
             at_image = (grid[..., :1] >= 0).to(hidden.dtype)
             place = grid.clamp_min(0)
@@ -219,10 +227,8 @@ class MaskPredictor(PreTrainedModel):
         return hidden
 
     def _run(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        if attention_mask is not None and self.trunk.config._attn_implementation == "eager":
-            attention_mask = torch.zeros_like(attention_mask, dtype=hidden.dtype).masked_fill(
-                ~attention_mask, torch.finfo(hidden.dtype).min
-            )
+        if attention_mask is not None:
+            attention_mask = _mask_of_kind(attention_mask, self.trunk.config._attn_implementation, hidden)
         return self.trunk(
             inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
@@ -264,6 +270,30 @@ class MaskPredictor(PreTrainedModel):
         image = told_apart.flatten(1, 2).gather(1, flat)
         text = out.gather(1, at.unsqueeze(-1).expand(-1, -1, width))
         return torch.where(place[..., :1] >= 0, image, text)
+
+
+def _mask_of_kind(seen: Tensor, implementation: str | None, hidden: Tensor) -> Any:
+    """A mask bool [B, 1, 1 or M, M] as the attention implementation takes it; hidden [B, M, D].
+
+    Raises ValueError where it takes none of this shape.
+    """
+    batch, length = hidden.shape[:2]
+    if implementation == "sdpa":
+        return seen
+    if implementation == "eager":
+        return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows = seen.expand(batch, 1, length, length)
+        return create_block_mask(
+            lambda b, h, q, k: rows[b, 0, q, k], batch, None, length, length, device=str(seen.device)
+        )
+    if seen.shape[2] == 1:  # flash attention drops padding, and knows no other mask
+        return seen[:, 0, 0].expand(batch, length)
+    raise ValueError(
+        f"{implementation} takes padding only, got a mask {tuple(seen.shape)}: use attn_implementation='sdpa'"
+    )
 
 
 def picture_widths(grid: Tensor) -> Tensor:

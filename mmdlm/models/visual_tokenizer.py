@@ -1,4 +1,4 @@
-"""The visual tokenizer: a convolutional encoder and decoder around a lookup-free quantizer (MAGVIT-v2, arXiv 2310.05737).
+"""The visual tokenizer: convolutional encoder and decoder around a lookup-free quantizer (MAGVIT-v2, arXiv 2310.05737).
 
 A picture [3, H, W] becomes a grid of codes [H/f, W/f] and back. f is `stem_patch` (a space-to-depth stem, its mirror a
 pixel shuffle: cheap on small pictures) times two for every level after the first (strided convolution down, pixel
@@ -21,7 +21,7 @@ from mmdlm.models.lfq import FiniteScalarQuantizer, LookupFreeQuantizer, Quantiz
 
 
 class Reconstruction(NamedTuple):
-    """A training pass: `pixels` [B, 3, H, W] (not clamped, so that the loss keeps its gradient) and the quantizer's output."""
+    """A training pass: `pixels` [B, 3, H, W] (not clamped: the loss keeps its gradient) and the quantizer's output."""
 
     pixels: Tensor
     quantized: Quantized
@@ -95,7 +95,8 @@ class Decoder(nn.Module):
             self.modulations.append(CodeModulation(width, bits) if modulated else nn.Identity())
             self.levels.append(nn.Sequential(*[ResidualBlock(width, width) for _ in range(blocks)]))
             if level:
-                self.ups.append(nn.Sequential(nn.Conv2d(width, 4 * widths[level - 1], 3, padding=1), nn.PixelShuffle(2)))
+                wider = nn.Conv2d(width, 4 * widths[level - 1], 3, padding=1)
+                self.ups.append(nn.Sequential(wider, nn.PixelShuffle(2)))
         self.norm, self.out = _norm(widths[0]), nn.Conv2d(widths[0], 3 * stem_patch**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(stem_patch)
 
@@ -143,7 +144,8 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         if len(encoder_widths) != len(decoder_widths):
             raise ValueError(
-                f"encoder_widths has {len(encoder_widths)} levels and decoder_widths {len(decoder_widths)}, expected as many"
+                f"encoder_widths has {len(encoder_widths)} levels and decoder_widths {len(decoder_widths)}, "
+                "expected as many"
             )
         self.quantize: LookupFreeQuantizer | FiniteScalarQuantizer
         if quantizer == "lfq":
@@ -153,7 +155,9 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         elif quantizer == "fsq" and fsq_levels:
             self.quantize = FiniteScalarQuantizer(list(fsq_levels))
         else:
-            raise ValueError(f"quantizer is {quantizer!r} with fsq_levels {fsq_levels}, expected 'lfq', or 'fsq' with levels")
+            raise ValueError(
+                f"quantizer is {quantizer!r} with fsq_levels {fsq_levels}, expected 'lfq', or 'fsq' with levels"
+            )
         bits = self.quantize.bits
         self.encoder = Encoder(list(encoder_widths), encoder_blocks, stem_patch, bits)
         self.decoder = Decoder(list(decoder_widths), decoder_blocks, stem_patch, bits, code_modulation)
@@ -192,8 +196,10 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
 
 
 def _groups(channels: int) -> int:
-    """The most groups up to 32 that divide the channels."""
-    return next(g for g in (32, 24, 16, 12, 8, 6, 4, 3, 2, 1) if channels % g == 0 and channels // g >= min(4, channels))
+    """The most groups up to 32 that divide the channels and hold at least 4 of them each (or all there are)."""
+    return next(
+        n for n in (32, 24, 16, 12, 8, 6, 4, 3, 2, 1) if channels % n == 0 and channels // n >= min(4, channels)
+    )
 
 
 def _norm(channels: int) -> nn.GroupNorm:

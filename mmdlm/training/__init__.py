@@ -1,1 +1,1 @@
-"""What the training programs share: checkpoints that survive a kill, run logs, learning-rate schedules, moving averages."""
+"""What the training programs share: checkpoints that survive a kill, run logs, moving averages, their command line."""

@@ -1,8 +1,8 @@
 """Checkpoints that a kill cannot spoil, and the moving average of weights.
 
-A checkpoint is a directory `checkpoint-<step>` written under a temporary name and renamed, so a directory with that name
-is whole. It holds safetensors for weights and averages, and the optimizer's and the generators' state as a tensor-only
-file read with `weights_only=True`.
+A checkpoint is a directory `checkpoint-<step>` written under a temporary name and renamed, so a directory with that
+name is whole. It holds safetensors for weights and averages, and the optimizers' state as a tensor-only file read with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightAverage:
         """Moves the average towards the module's present weights; `step` counts from 0."""
         keep = min(self.decay, (1 + step) / (10 + step))
         for name, value in module.state_dict().items():
-            # Made before the module moved, or read from a checkpoint, the average lies elsewhere: it follows the module.
+            # Made before the module moved, or read from a checkpoint, the average lies elsewhere: it follows.
             mean = self.state[name] = self.state[name].to(value.device)
             if value.is_floating_point():
                 mean.lerp_(value.detach(), 1 - keep)
@@ -52,7 +52,13 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    run: Path, step: int, *, weights: dict[str, dict[str, Tensor]], state: dict[str, Any], meta: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    *,
+    weights: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Writes `run/checkpoint-<step>`: one safetensors file per entry of `weights`, `state.pt` (optimizers, generators)
     and `meta.json`; keeps the newest `keep` checkpoints. Returns its path."""
@@ -85,7 +91,9 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def load_checkpoint(run: Path, which: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]] | None:
+def load_checkpoint(
+    run: Path, which: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]] | None:
     """(weights, state, meta) of `latest` or of a named checkpoint of the run; None where `latest` finds none."""
     if which == "latest":
         found = list_checkpoints(run)

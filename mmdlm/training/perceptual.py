@@ -1,4 +1,4 @@
-"""A perceptual distance from any timm network's features (the idea of LPIPS, arXiv 1801.03924, without its learned weights)."""
+"""A perceptual distance from any timm network's features (as LPIPS, arXiv 1801.03924, without its learned weights)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ class PerceptualDistance(nn.Module):
     def __init__(self, model: str | None):
         super().__init__()
         if not model:
-            raise InputError("perceptual_weight is above 0 but perceptual_model is empty: name a timm network with weights")
+            raise InputError(
+                "perceptual_weight is above 0 but perceptual_model is empty: name a timm network with weights"
+            )
         import timm
 
         name, _, path = model.partition("@")
         source = {"pretrained_cfg_overlay": {"file": path}} if path else {}
-        self.network = timm.create_model(name, pretrained=True, features_only=True, **source).eval().requires_grad_(False)
+        network = timm.create_model(name, pretrained=True, features_only=True, **source)
+        self.network = network.eval().requires_grad_(False)
         mean, std = self.network.pretrained_cfg["mean"], self.network.pretrained_cfg["std"]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
