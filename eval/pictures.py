@@ -13,6 +13,7 @@ Written to `out`: run.json (what makes the numbers again), results.json, results
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -40,7 +41,7 @@ from mmdlm.data.drawings import HELD_OUT_STYLE
 from mmdlm.data.scenes import PictureWorld, Scene
 from mmdlm.errors import InputError
 from mmdlm.evaluation.intervals import percent, share
-from mmdlm.evaluation.judge import SIDE, Judge, JudgeSettings, cached_judge
+from mmdlm.evaluation.judge import SIDE, Judge, JudgeSettings, cached_judge, is_kept_back
 from mmdlm.evaluation.scene_facts import FACTS, caption_facts, facts_right, tally
 from mmdlm.evaluation.sheets import BESIDE, RIGHT, WRONG, Exhibit, labelled_sheet
 from mmdlm.model_directory import model_hash
@@ -68,7 +69,7 @@ class Config:
     recipe: str | None = None
     scenes: int = 300  # of each set: training and held-out captions to draw, held-out pictures to describe ...
     questions: int = 600  # drawn by chance from all questions about the held-out pictures
-    judged_renders: int = 1000  # to measure the judge itself
+    judged_renders: int = 600  # to measure the judge itself
     steps: int | None = None  # of drawing; None: the model's preset
     guidance: float | None = None
     batch_size: int = 32
@@ -114,9 +115,10 @@ def measure(config: Config, arguments: list[str]) -> None:
 
     # 2. The judge and its own accuracy: on renders it never saw, and on what the tokenizer makes of them.
     if "draw" in config.parts:
-        own = train if size == SIDE else PictureWorld(config.data, split="train", resolution=SIDE, **settings)
-        judge = cached_judge(own, config.judge, judge_cache(config), device=config.device)
-        renders = take(held_out, config.judged_renders, config.seed + 1)
+        whole = PictureWorld(config.data, split="all", resolution=SIDE, **settings)
+        judge = cached_judge(whole, config.judge, judge_cache(config), device=config.device)
+        scenes = (held_out.scene(FIRST_SCENE + n) for n in itertools.count((config.seed + 1) * 1_000_000))
+        renders = list(itertools.islice(filter(is_kept_back, scenes), config.judged_renders))
         judge_itself(judge, renders, draw, report, config)
 
         # 3. Drawing, from captions of training scenes and of held-out compositions.
@@ -145,7 +147,7 @@ def measure(config: Config, arguments: list[str]) -> None:
 
 
 def judge_itself(judge: Judge, scenes: list[Scene], draw: TextToImage, report: Report, config: Config) -> None:
-    """The judge on held-out renders, and on their reconstructions by the tokenizer."""
+    """The judge on renders of held-out compositions, kept back from it too, and on what the tokenizer makes of them."""
     renders = np.stack([scene.image for scene in scenes])
     decoded = []
     for start in range(0, len(renders), config.batch_size):

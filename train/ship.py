@@ -34,10 +34,10 @@ class Config:
     guidance_scale: float = 1.0
     temperature: float = 1.0
     choice_temperature: float = 1.0
-    describe_steps: int = 16
-    ask_steps: int = 8
-    caption_length: int = 16
-    answer_length: int = 8
+    describe_steps: int = 24
+    ask_steps: int = 12
+    caption_length: int = 24
+    answer_length: int = 16
 
 
 def main(arguments: list[str]) -> None:

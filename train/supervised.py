@@ -116,6 +116,14 @@ class Rows:
         self.text_ids = processor.text_ids
         self.known: dict[str, list[int]] = {}
         self.everything = list(range(len(scenes)))
+        # At the door, not in the middle of the night: every target must fit with its eos.
+        captions = max(len(self.ids(captions[0])) for captions in scenes.captions)
+        answers = max(len(self.ids(answer)) for pairs in scenes.questions for _, answer in pairs)
+        if captions >= config.caption_length or answers >= config.answer_length:
+            raise SystemExit(
+                f"the longest caption has {captions} tokens and the longest answer {answers}: set caption_length above "
+                f"the one (now {config.caption_length}) and answer_length above the other (now {config.answer_length})"
+            )
         self.singles = [n for n, kind in enumerate(scenes.kinds) if kind == "single"]
 
     def batch(self, number: int, size: int, *, singles: bool = False) -> tuple[Canvas, Tensor]:
@@ -371,11 +379,16 @@ def main(arguments: list[str]) -> None:
                 f"the last checkpoint in {out} is whole"
             )
         for name, value in {"loss": loss, **means, "gradient_norm": norm}.items():
-            running[name] = running.get(name, 0.0) + float(value.detach()) / config.logging_steps
+            running[name] = running.get(name, 0.0) + float(value.detach())
         if step % config.logging_steps == 0:
             spent = time.monotonic() - clock
+            steps = seen / (config.train_batch_size * processes)
             log.write(
-                step, **running, learning_share=share, rows_per_second=seen / spent, tokens_per_second=tokens / spent
+                step,
+                **{name: total / steps for name, total in running.items()},
+                learning_share=share,
+                rows_per_second=seen / spent,
+                tokens_per_second=tokens / spent,
             )
             running, clock, seen, tokens = {}, time.monotonic(), 0, 0
         last = step == config.max_train_steps

@@ -20,6 +20,13 @@ NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {"horizontal": "to the left of", "vertical": "above"}
 _REVERSED = {"horizontal": "to the right of", "vertical": "below"}
 _PLACES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+_UNCOUNTED = {
+    "corn", "maize", "bread", "cheese", "wine", "milk", "beer", "coffee", "tea", "ice cream", "chocolate", "lightning",
+    "high voltage", "toilet paper", "luggage", "ice", "salt", "honey", "meat", "cutlery", "rice", "cooked rice",
+    "champagne", "sake", "whisky", "lettuce", "bok choy", "French bread", "rain", "snow", "yarn", "wool", "thread",
+    "blood", "soap", "green tea", "spaghetti", "pasta", "ramen", "food", "money", "wind", "ginger", "stew", "curry",
+    "sheet music", "canned food", "double helix",
+}  # fmt: skip
 _OPENINGS = (
     "a picture of {}", "picture of {}", "a drawing of {}", "draw {}", "an emoji of {}", "an icon of {}",
     "an image of {}", "show me {}", "please draw {}", "{}, simple drawing",
@@ -95,11 +102,11 @@ def phrasings(
 
 
 def questions(
-    things: tuple[Thing, ...], background: str, relation: str | None, absent: Concept, rng: random.Random
+    things: tuple[Thing, ...], background: str, relation: str | None, absent: Concept | None, rng: random.Random
 ) -> list[tuple[str, str, str]]:
     """Questions about a scene: (question, answer, kind), kinds what, background, colour, count, position, size, yes_no.
 
-    `absent` is a concept that is not in the scene, for questions whose answer is "no".
+    `absent` is a concept that is not in the scene; without one, nothing is asked about what is there.
     """
     colour = rng.choice(("colour", "color"))
     asked = [(f"what {colour} is the background?", background, "background")]
@@ -119,7 +126,8 @@ def questions(
         asked.append((f"where {first.be} {first.definite}?", f"in the {first.position}", "position"))
     if first.size is not None:
         asked.append((f"{first.be} {first.definite} small or large?", first.size, "size"))
-    asked.append(_presence(rng.choice(things), absent, rng))
+    if absent is not None:
+        asked.append(_presence(rng.choice(things), absent, rng))
     told = background if rng.random() < 0.5 else rng.choice([name for name in BACKGROUNDS if name != background])
     asked.append((f"is the background {told}?", _yes(told == background), "yes_no"))
     return asked
@@ -177,14 +185,18 @@ def _varied(thing: Thing, rng: random.Random, adjective: str | None = None) -> s
     name = thing.name
     if thing.colour is None and thing.concept.aliases and rng.random() < 0.35:
         name = rng.choice(thing.concept.aliases)
-        article = thing.concept.article and article_before(name, "a")
-        if name.endswith("s") and not name.endswith("ss"):
-            article = ""  # "trousers", "flowers": never "a trousers"; a name such as "bus" merely goes without
+        article = _alias_article(name, thing.concept)
     else:
         article = thing.concept.article if name == thing.concept.name else article_before(name, thing.concept.article)
     if adjective:
         name, article = f"{adjective} {name}", article_before(adjective, article)
     return name if rng.random() < 0.25 else with_article(name, article)
+
+
+def _alias_article(name: str, concept: Concept) -> str:
+    """ "a" or "an", or none before plurals ("trousers", "flowers") and what is not counted ("bread", "snow")."""
+    plural = name.split(" of ")[0].endswith("s") and not name.endswith(("ss", "us"))
+    return "" if plural or name in _UNCOUNTED else article_before(name, concept.article or "a")
 
 
 def _varied_background(background: str, rng: random.Random) -> str:

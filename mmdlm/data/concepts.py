@@ -9,6 +9,7 @@ out are flags, skin tones, clock faces, keycaps, families, and most symbols.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,8 @@ class Concept:
     @property
     def is_plural(self) -> bool:
         """Whether the name itself takes "are": "scissors", "grapes"."""
-        return not self.article and self.name.split(" of ")[0].split(" in ")[0].endswith("s")
+        head = re.split(" (?:of|in|with|up) ", self.name)[0]
+        return not self.article and head.endswith("s") and self.plural != f"{self.name}es"  # but "Santa Claus"
 
 
 def with_article(name: str, article: str) -> str:
@@ -56,7 +58,13 @@ def article_before(words: str, article: str) -> str:
     """
     if article not in ("a", "an"):
         return article
-    return "an" if words[0].lower() in "aeiou" else "a"
+    lower = words.lower()
+    vowel = (lower[0] in "aeiou" and not lower.startswith(_SOUND_A)) or lower.startswith(_SOUND_AN)
+    return "an" if vowel else "a"
+
+
+_SOUND_A = ("uni", "euro", "ufo", "use", "one-")  # written with a vowel, spoken with a consonant
+_SOUND_AN = ("hour", "x-ray", "suv")  # and the other way round
 
 
 @cache

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -59,28 +59,40 @@ TRAINING_STYLES = tuple(name for name in STYLES if name != HELD_OUT_STYLE)
 
 
 def build_pictures(
-    out: str | Path, *, source: str | Path | None = None, size: int = 128, jobs: int | None = None
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    size: int = 128,
+    styles: Sequence[str] = tuple(STYLES),
+    jobs: int | None = None,
 ) -> dict[str, int]:
-    """Render all concepts in all styles into the archive `out`; returns the number of drawings of each style.
+    """Render all concepts in `styles` into the archive `out`; returns the number of drawings of each style.
 
     Args:
         out: directory of the archive. A style that is already there in full is kept, so an interrupted run resumes.
         source: directory of the unpacked packages, as tools/fetch_pictures.sh leaves it; `out`/packages by default.
         size: side of the stored pictures in pixels.
+        styles: which drawings, all by default; each needs only its own package.
         jobs: processes; all cores by default.
 
     Raises:
-        InputError: a package is missing, or this Pillow can not draw the font or write WebP.
+        InputError: an unknown style or a size out of range, a package is missing, this Pillow can not draw the font or
+            write WebP, or `out` can not be written.
     """
     out = Path(out)
     source = Path(source) if source is not None else out / "packages"
     if not 16 <= size <= _RENDER_SIDE:
         raise InputError(f"The size of a drawing is {size} pixels: give one from 16 to {_RENDER_SIDE}.")
-    for name in STYLES:
+    for name in styles:
+        _require_style(name)
         _require_package(source, name)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The archive {out} can not be made ({error.strerror}): name a directory that can.") from error
     counts = {}
-    for name, style in STYLES.items():
+    for name in styles:
+        style = STYLES[name]
         if (have := _finished(out, name, size)) is not None:
             counts[name] = have
         else:
@@ -102,8 +114,7 @@ class Drawings:
         self.size = 0
         self._bytes: dict[tuple[str, str], bytes] = {}
         for style in styles:
-            if style not in STYLES:
-                raise InputError(f"There is no style {style!r}: the styles are {', '.join(STYLES)}.")
+            _require_style(style)
             self._read(style)
 
     def _read(self, style: str) -> None:
@@ -136,6 +147,28 @@ class Drawings:
     def picture(self, style: str, sequence: str) -> Image.Image:
         """The RGBA picture of a concept in a style, `size` x `size`."""
         return Image.open(io.BytesIO(self._bytes[style, sequence])).convert("RGBA")
+
+
+def write_archive(directory: Path, style: str, pictures: Mapping[str, bytes], size: int) -> None:
+    """Write one style of an archive: `pictures` are WebP files of `size` pixels by Unicode sequence.
+
+    The same pictures give the same bytes. The description is renamed last: only with it is a style there.
+    """
+    temporary, about = directory / f"{style}.zip.part", directory / f"{style}.json.part"
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for sequence, content in pictures.items():
+            archive.writestr(zipfile.ZipInfo(f"{sequence}.webp"), content)  # a ZipInfo made by hand has a constant date
+    facts = {**_about(style, size), "drawings": len(pictures)}
+    about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / f"{style}.zip")
+    about.replace(directory / f"{style}.json")
+
+
+def webp(picture: Image.Image) -> bytes:
+    """The RGBA picture as lossless WebP."""
+    content = io.BytesIO()
+    picture.save(content, "WEBP", lossless=True, quality=50, method=4)  # more effort: 30 times as slow for 2 %
+    return content.getvalue()
 
 
 def tight(picture: Image.Image, size: int) -> Image.Image:
@@ -238,6 +271,11 @@ _FLUENT_NAMES = {
 }
 
 
+def _require_style(style: str) -> None:
+    if style not in STYLES:
+        raise InputError(f"There is no style {style!r}: the styles are {', '.join(STYLES)}.")
+
+
 def _require_package(source: Path, style: str) -> None:
     where = {
         "noto": _noto_path(source),
@@ -291,26 +329,13 @@ def _build_style(out: Path, source: Path, style: str, size: int, jobs: int | Non
     work = partial(_draw_one, style=style, source=source, size=size)
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
         drawn = list(tqdm(pool.map(work, concepts, chunksize=16), total=len(concepts), desc=style, leave=False))
-    count, temporary = 0, out / f"{style}.zip.part"
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for concept, content in zip(concepts, drawn, strict=True):
-            if content is not None:
-                # a ZipInfo made by hand has a constant date: the bytes repeat
-                archive.writestr(zipfile.ZipInfo(f"{concept.sequence}.webp"), content)
-                count += 1
-    about = out / f"{style}.json.part"
-    about.write_text(json.dumps({**_about(style, size), "drawings": count}, indent=2) + "\n", encoding="utf-8")
-    # The description is renamed last: only with it is a style finished.
-    temporary.replace(out / f"{style}.zip")
-    about.replace(out / f"{style}.json")
-    return count
+    pictures = {c.sequence: content for c, content in zip(concepts, drawn, strict=True) if content is not None}
+    write_archive(out, style, pictures, size)
+    return len(pictures)
 
 
 def _draw_one(concept: Concept, *, style: str, source: Path, size: int) -> bytes | None:
     picture = render(concept, style, source)
     if picture is None or picture.getchannel("A").getbbox() is None:
         return None
-    picture = tight(picture, size)
-    content = io.BytesIO()
-    picture.save(content, "WEBP", lossless=True, quality=50, method=4)  # more effort: 30 times as slow for 2 %
-    return content.getvalue()
+    return webp(tight(picture, size))

@@ -35,9 +35,11 @@ WHITE_SHARE = {"single": 0.25}  # of the scenes of a kind; _WHITE_SHARE for the 
 _WHITE_SHARE = 0.15
 _HELD_OUT_ONE_IN = 10
 _TRIES = 5000
+_MOST_PAINTED = 4096  # recoloured drawings kept in memory: 55 MB at 64 pixels
 
 # Sizes and places in cells of a sixteenth of the side: (left, top).
 _LARGE, _PAIR, _SMALL = 12, 8, 6
+_FACTS_SIDE = 48  # pixels, to judge the colours of a drawing
 _CORNERS = {"top left": (1, 1), "top right": (9, 1), "bottom left": (1, 9), "bottom right": (9, 9), "centre": (5, 5)}
 _COUNT_PLACES = {2: ((1, 5), (9, 5)), 3: ((5, 1), (1, 9), (9, 9)), 4: ((1, 1), (9, 1), (1, 9), (9, 9))}
 _PAIR_PLACES = {"horizontal": ((0, 4), (8, 4)), "vertical": ((4, 0), (4, 8))}
@@ -60,7 +62,6 @@ class Scene:
 class _Sprite:
     """What the world remembers about a drawing."""
 
-    rgba: np.ndarray  # uint8 [S, S, 4] at the size of a single object
     main: MainColour
     clashes: frozenset[str]
     paints: tuple[str, ...]  # colours that it may be given
@@ -118,7 +119,7 @@ class PictureWorld:
         self._names = {concept.name for concept in load_concepts()}
         self._sprites: dict[tuple[str, Concept], _Sprite] = {}
         self._layers: dict[tuple[str, Concept, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._painted = lru_cache(maxsize=4096)(self._paint)
+        self._painted: dict[tuple[str, Concept, str], tuple[np.ndarray, np.ndarray]] = {}
 
     def preload(self) -> None:
         """Read every drawing now instead of at its first use, for example before worker processes are forked."""
@@ -198,13 +199,13 @@ class PictureWorld:
             return "white"
         return rng.choice(_COLOURED)
 
-    def _absent(self, things: tuple[Thing, ...], rng: random.Random) -> Concept:
-        """A concept that is surely not in the scene: of another kind of thing and without a word in common."""
+    def _absent(self, things: tuple[Thing, ...], rng: random.Random) -> Concept | None:
+        """A concept that is surely not in the scene, or None where so small a world has none."""
         for _ in range(100):
             concept = rng.choice(self.concepts)
-            if all(_family(concept) != _family(t.concept) and not related(concept, t.concept) for t in things):
+            if not any(_may_contain(concept, thing.concept) for thing in things):
                 return concept
-        return next((c for c in self.concepts if not any(related(c, t.concept) for t in things)), self.concepts[-1])
+        return None
 
     # ------------------------------------------------------------------------------------------------ the picture
 
@@ -222,10 +223,10 @@ class PictureWorld:
             placed = [(things[0], _LARGE, (2, 2))]
         for thing, cells, (left, top) in placed:
             if thing.colour is not None:
-                layer = self._painted(thing.style, thing.concept, thing.colour)
+                over = self._paint(thing.style, thing.concept, thing.colour)
             else:
-                layer = self._layer(thing.style, thing.concept, cells)
-            paste(image, layer, left * self.cell, top * self.cell)
+                over = self._layer(thing.style, thing.concept, cells)
+            paste(image, over, left * self.cell, top * self.cell)
         captions = phrasings(things, background, relation, rng)
         facts = {
             "kind": kind,
@@ -239,9 +240,9 @@ class PictureWorld:
     def _sprite(self, style: str, concept: Concept) -> _Sprite:
         if (found := self._sprites.get((style, concept))) is not None:
             return found
+        # At one size whatever the resolution, so that what is drawn does not depend on it.
         picture = self.drawings.picture(style, concept.sequence)
-        side = _LARGE * self.cell
-        rgba = np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
+        rgba = np.asarray(picture.resize((_FACTS_SIDE, _FACTS_SIDE), Image.Resampling.LANCZOS))
         main = main_colour(rgba)
         paints: tuple[str, ...] = ()
         if concept.recolourable and main.share >= 0.5:
@@ -252,7 +253,7 @@ class PictureWorld:
                 if name != main.name and f"{name} {concept.noun}" not in self._names
                 and not concept.name.startswith(f"{name} ")
             )  # fmt: skip
-        sprite = self._sprites[style, concept] = _Sprite(rgba, main, clashes(rgba), paints)
+        sprite = self._sprites[style, concept] = _Sprite(main, clashes(rgba), paints)
         return sprite
 
     def _layer(self, style: str, concept: Concept, cells: int) -> tuple[np.ndarray, np.ndarray]:
@@ -262,9 +263,16 @@ class PictureWorld:
         return found
 
     def _paint(self, style: str, concept: Concept, colour: str) -> tuple[np.ndarray, np.ndarray]:
-        sprite = self._sprite(style, concept)
-        picture = Image.fromarray(recolour(sprite.rgba, sprite.main, PAINTS[colour]))
-        return layer(picture, _LARGE * self.cell)
+        key = (style, concept, colour)
+        if (found := self._painted.get(key)) is not None:
+            return found
+        side = _LARGE * self.cell
+        picture = self.drawings.picture(style, concept.sequence).resize((side, side), Image.Resampling.LANCZOS)
+        painted = recolour(np.asarray(picture), self._sprite(style, concept).main, PAINTS[colour])
+        if len(self._painted) >= _MOST_PAINTED:
+            self._painted.pop(next(iter(self._painted)))
+        made = self._painted[key] = layer(Image.fromarray(painted), side)
+        return made
 
 
 @dataclass(frozen=True)
@@ -340,9 +348,28 @@ def _words(concept: Concept) -> tuple[str, ...]:
 _SMALL_WORDS = {"the", "and", "with", "its", "pair", "cup", "glass", "bottle", "bowl", "plate", "pot", "piece", "old"}
 
 
+def _may_contain(absent: Concept, present: Concept) -> bool:
+    """Whether a drawing of `present` may show what `absent` names, so that "is there ...?" has no sure answer "no".
+
+    A parrot is a bird, people wear clothes, a landscape has trees, and "sunglasses" are glasses.
+    """
+    families = {_family(absent), _family(present)}
+    if len(families) == 1 or families == {"people", "clothing"}:
+        return True
+    words = [(a, b) for a in _words(absent) for b in _words(present)]
+    return related(absent, present) or any((len(a) > 3 and a in b) or (len(b) > 3 and b in a) for a, b in words)
+
+
 def _family(concept: Concept) -> str:
-    """Concepts of one family can include each other (a parrot is a bird), so none is called absent beside another."""
-    return concept.group if concept.group in ("people-body", "smileys-emotion") else concept.subgroup
+    if concept.group in ("people-body", "smileys-emotion"):
+        return "people"
+    return "scenery" if concept.subgroup in _SCENERY else concept.subgroup
+
+
+_SCENERY = {
+    "place-geographic", "place-building", "place-religious", "place-other", "place-map",
+    "plant-flower", "plant-other", "sky-weather", "event",
+}  # fmt: skip
 
 
 def _checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:

@@ -55,4 +55,4 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def world(shapes: Path) -> PictureWorld:
-    return PictureWorld(shapes, concepts=len(SHAPES), styles=["noto"])
+    return PictureWorld(shapes, concepts=len(SHAPES), styles=["noto"], split="all")

@@ -115,7 +115,7 @@ def test_an_attention_that_takes_no_such_mask_says_so():
 
 @pytest.mark.parametrize("settings", [FULL, FOLDED], ids=["plain", "folded"])
 def test_a_row_does_not_depend_on_its_batch_or_padding(settings: dict[str, int]):
-    model = tiny(**settings)
+    model = tiny(**settings).double()  # what is left is rounding, and the difference of a wrong place is not
     grid = grid_of(*ROW)
     ids = ids_for(grid)
     alone = logits(model, ids[None], grid=grid[None])[0]
@@ -123,7 +123,7 @@ def test_a_row_does_not_depend_on_its_batch_or_padding(settings: dict[str, int])
     together = logits(
         model, torch.stack([other, ids]), grid=torch.stack([grid_of(8, (2, 2), (2, 2), 6), grid])
     )  # the other row folds into fewer places
-    torch.testing.assert_close(together[1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together[1], alone, rtol=0, atol=1e-9)
 
     padding, text = torch.zeros(5, dtype=torch.long), grid_of(5)
     longer = ids_for(grid_of(3, (4, 2), 2, (2, 4), 6))
@@ -138,7 +138,7 @@ def test_a_row_does_not_depend_on_its_batch_or_padding(settings: dict[str, int])
         positions = (valid.long().cumsum(1) - 1).clamp_min(0)
         both = torch.stack([torch.cat(grids), grid_of(3, (4, 2), 2, (2, 4), 6)])
         padded = logits(model, batch, grid=both, attention_mask=valid[:, None, None], position_ids=positions)
-        torch.testing.assert_close(padded[0, place], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(padded[0, place], alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{}, FULL, FOLDED], ids=["table", "bits", "folded"])
@@ -273,7 +273,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = tiny(**FOLDED).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model(ids, grid=grid).logits.logsumexp(-1).sum().backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(gradient is not None for gradient in found[0].values())
