@@ -51,6 +51,8 @@ class Model:
     encoder_blocks: int = 2
     decoder_blocks: int = 2
     stem_patch: int = 2
+    cell_encoder: bool = False
+    busy_entropy: bool = False
     code_modulation: bool = False
     quantizer: str = "lfq"
     fsq_levels: list[int] | None = None
@@ -64,6 +66,8 @@ class Config:
 
     data: str = ""
     out: str = "runs/tokenizer"
+    init_from: str | None = None
+    train_encoder: bool = True
     concepts: int | None = None
     styles: list[str] = field(default_factory=lambda: ["noto", "twemoji", "fluent_flat", "fluent_modern"])
     model: Model = field(default_factory=Model)
@@ -192,9 +196,15 @@ def main(arguments: list[str]) -> None:
     )
 
     model = LFQTokenizer(**vars(config.model))
+    if config.init_from:
+        model.load_state_dict(LFQTokenizer.from_pretrained(config.init_from).state_dict())
+    # With a frozen encoder the codes stay what they are: a decoder can be improved under a predictor trained on them.
+    model.encoder.requires_grad_(config.train_encoder)
     average = WeightAverage(model, config.ema_decay)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
     criterion = Criterion(config, device)
     discriminator = PatchDiscriminator() if config.adversarial_weight else None
     judge_optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9)) if discriminator else None
@@ -234,7 +244,7 @@ def main(arguments: list[str]) -> None:
         reconstruction = criterion(made.float(), real)
         loss = reconstruction + config.commitment_weight * quantized.commitment
         numbers = {"reconstruction": reconstruction, "commitment": quantized.commitment}
-        if quantized.entropies is not None:
+        if quantized.entropies is not None and config.train_encoder:
             strength = max(1.0, 4.0 * (1 - step / max(config.entropy_anneal_steps, 1)))
             numbers |= {
                 "sample_entropy": quantized.entropies.per_sample,

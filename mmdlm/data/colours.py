@@ -95,6 +95,14 @@ def recolour(rgba: np.ndarray, main: MainColour, paint: Paint) -> np.ndarray:
     return out
 
 
+def takes_paint(rgba: np.ndarray, main: MainColour, name: str) -> bool:
+    """Whether the drawing (uint8 [H, W, 4]) painted `name` has that colour more than any other."""
+    painted = recolour(rgba, main, PAINTS[name])
+    names = _names(_hsv(painted[painted[..., 3] > 127][:, :3].astype(np.float32) / 255))
+    found, counts = np.unique(names, return_counts=True)
+    return len(found) > 0 and bool(found[np.argmax(counts)] == name)
+
+
 def clashes(rgba: np.ndarray) -> frozenset[str]:
     """The backgrounds on which a drawing (uint8 [H, W, 4]) can not be made out well.
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mmdlm.data.captions import Thing, phrasings, questions
-from mmdlm.data.colours import BACKGROUNDS, PAINTS, MainColour, clashes, main_colour, recolour
+from mmdlm.data.colours import BACKGROUNDS, PAINTS, MainColour, clashes, main_colour, recolour, takes_paint
 from mmdlm.data.concepts import Concept, common_concepts, load_concepts
 from mmdlm.data.drawings import HELD_OUT_STYLE, Drawings
 from mmdlm.errors import InputError
@@ -249,10 +249,12 @@ class PictureWorld:
             paints = tuple(
                 name
                 for name in PAINTS
-                # neither its own colour nor another concept ("a green apple")
-                if name != main.name and f"{name} {concept.noun}" not in self._names
+                # neither its own colour, nor another concept ("a green apple"), nor one that it would not show
+                if name != main.name
                 and not concept.name.startswith(f"{name} ")
-            )  # fmt: skip
+                and f"{name} {concept.noun}" not in self._names
+                and takes_paint(rgba[::2, ::2], main, name)
+            )
         sprite = self._sprites[style, concept] = _Sprite(main, clashes(rgba), paints)
         return sprite
 

@@ -159,13 +159,17 @@ class LookupFreeQuantizer(nn.Module):
     def codebook_size(self) -> int:
         return 2**self.bits
 
-    def forward(self, z: Tensor) -> Quantized:
-        """z [B, d, h, w], any real -> Quantized. The entropies are computed only in training."""
+    def forward(self, z: Tensor, counted: Tensor | None = None) -> Quantized:
+        """z [B, d, h, w], any real -> Quantized. The entropies are computed only in training.
+
+        counted: bool [B, h, w], the cells that the entropies are of; None for all.
+        """
         signs = torch.where(z > 0, 1.0, -1.0).to(z.dtype)
         channels_last = z.movedim(1, -1)
         found = None
         if self.training:
-            found = entropies(channels_last.flatten(0, -2), self.temperature, group_bits=self.group_bits)
+            flat = channels_last.flatten(0, -2) if counted is None else channels_last[counted]
+            found = entropies(flat, self.temperature, group_bits=self.group_bits)
         return Quantized(
             vectors=signs + (z - z.detach()),  # exactly the sign; z + (signs - z) would round
             codes=bits_to_codes(channels_last, self.order),
@@ -196,7 +200,7 @@ class FiniteScalarQuantizer(nn.Module):
     def codebook_size(self) -> int:
         return math.prod(self.levels)
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z: Tensor, counted: Tensor | None = None) -> Quantized:
         """z [B, len(levels), h, w] -> Quantized, with a commitment of zero and no entropies (FSQ needs neither)."""
         vectors, codes = self.fsq(z)
         return Quantized(vectors, codes.long(), z.new_zeros(()), None)

@@ -42,6 +42,25 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+class CellBlock(nn.Module):
+    """A residual block that looks at one cell at a time: LayerNorm over channels and two 1x1 convolutions.
+
+    [B, C_in, h, w] -> [B, C_out, h, w]. No cell sees another, neither by convolution nor by a norm's statistics.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, 2 * channels_out, 1)
+        self.conv2 = nn.Conv2d(2 * channels_out, channels_out, 1)
+        self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        return self.skip(x) + self.conv2(F.silu(self.conv1(h)))
+
+
 class CodeModulation(nn.Module):
     """Normalises features and rescales them by what the codes say (the decoder's adaptive GroupNorm of MAGVIT-v2).
 
@@ -64,20 +83,27 @@ class CodeModulation(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels [B, 3, H, W] in [-1, 1] -> code channels [B, d, H/f, W/f], unbounded."""
+    """Pixels [B, 3, H, W] in [-1, 1] -> code channels [B, d, H/f, W/f], unbounded.
 
-    def __init__(self, widths: list[int], blocks: int, stem_patch: int, bits: int):
+    With `by_cell` a code depends on its own f x f pixels and on nothing else.
+    """
+
+    def __init__(self, widths: list[int], blocks: int, stem_patch: int, bits: int, by_cell: bool):
         super().__init__()
         self.unshuffle = nn.PixelUnshuffle(stem_patch)
-        self.stem = nn.Conv2d(3 * stem_patch**2, widths[0], 3 if stem_patch == 1 else 1, padding=int(stem_patch == 1))
+        wide = stem_patch == 1 and not by_cell
+        self.stem = nn.Conv2d(3 * stem_patch**2, widths[0], 3 if wide else 1, padding=int(wide))
+        block_type: type[nn.Module] = CellBlock if by_cell else ResidualBlock
         levels: list[nn.Module] = []
         for level, width in enumerate(widths):
             before = widths[max(level - 1, 0)]
             if level:
-                levels.append(nn.Conv2d(before, before, 3, stride=2, padding=1))
-            levels += [ResidualBlock(before if block == 0 else width, width) for block in range(blocks)]
+                kernel, padding = (2, 0) if by_cell else (3, 1)
+                levels.append(nn.Conv2d(before, before, kernel, stride=2, padding=padding))
+            levels += [block_type(before if block == 0 else width, width) for block in range(blocks)]
         self.levels = nn.Sequential(*levels)
-        self.norm, self.out = _norm(widths[-1]), nn.Conv2d(widths[-1], bits, 1)
+        self.norm = nn.Identity() if by_cell else _norm(widths[-1])
+        self.out = nn.Conv2d(widths[-1], bits, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.out(F.silu(self.norm(self.levels(self.stem(self.unshuffle(pixels))))))
@@ -119,6 +145,11 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         encoder_widths / decoder_widths: channels per level, finest first; both of the same length.
         encoder_blocks / decoder_blocks: residual blocks per level.
         stem_patch: side of the space-to-depth patches, a power of two.
+        cell_encoder: every code depends on its own f x f pixels alone, so that a thing keeps its codes wherever it
+            stands and whatever is behind it. A convolutional encoder looks around, and its GroupNorm looks at the whole
+            picture: it rebuilds better, and its codes are harder to predict.
+        busy_entropy: the entropy terms count only cells with something in them. Where most of a picture is a flat
+            background, evenness over all cells cannot be had, and asking for it leaves most codes unused.
         code_modulation: MAGVIT-v2's adaptive GroupNorm in the decoder.
         quantizer: "lfq", or "fsq" with `fsq_levels` (vector-quantize-pytorch's finite scalar quantisation).
         entropy_temperature, entropy_group_bits, bit_order: see `mmdlm.models.lfq`.
@@ -134,6 +165,8 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         encoder_blocks: int = 2,
         decoder_blocks: int = 2,
         stem_patch: int = 2,
+        cell_encoder: bool = False,
+        busy_entropy: bool = False,
         code_modulation: bool = False,
         quantizer: str = "lfq",
         fsq_levels: tuple[int, ...] | None = None,
@@ -159,7 +192,7 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
                 f"quantizer is {quantizer!r} with fsq_levels {fsq_levels}, expected 'lfq', or 'fsq' with levels"
             )
         bits = self.quantize.bits
-        self.encoder = Encoder(list(encoder_widths), encoder_blocks, stem_patch, bits)
+        self.encoder = Encoder(list(encoder_widths), encoder_blocks, stem_patch, bits, cell_encoder)
         self.decoder = Decoder(list(decoder_widths), decoder_blocks, stem_patch, bits, code_modulation)
 
     @property
@@ -173,7 +206,8 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
 
     def forward(self, pixels: Tensor) -> Reconstruction:
         """One training pass over pixels [B, 3, H, W] in [-1, 1]."""
-        quantized = self.quantize(self._encode(pixels))
+        counted = busy_cells(pixels, self.downsample) if self.config["busy_entropy"] else None
+        quantized = self.quantize(self._encode(pixels), counted)
         return Reconstruction(self.decoder(quantized.vectors), quantized)
 
     @torch.no_grad()
@@ -193,6 +227,16 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
                 f"picture is {width} x {height} pixels, expected multiples of {self.downsample}: resize or pad it first"
             )
         return self.encoder(pixels)
+
+
+def busy_cells(pixels: Tensor, side: int, least: float = 0.02) -> Tensor:
+    """Which side x side cells of pixels [B, 3, H, W] in [-1, 1] are not of one colour: bool [B, H/side, W/side].
+
+    A cell is busy when one channel's values span at least `least`. A batch without any counts all its cells.
+    """
+    spread = F.max_pool2d(pixels, side) + F.max_pool2d(-pixels, side)
+    busy = spread.amax(1) >= least
+    return busy if bool(busy.any()) else torch.ones_like(busy)
 
 
 def _groups(channels: int) -> int:

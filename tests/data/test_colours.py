@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mmdlm.data.colours import BACKGROUNDS, PAINTS, _hsv, _names, _rgb, clashes, main_colour, recolour
+from mmdlm.data.colours import BACKGROUNDS, PAINTS, _hsv, _names, _rgb, clashes, main_colour, recolour, takes_paint
 
 
 def filled(*colours: tuple[int, int, int, int]) -> np.ndarray:
@@ -56,3 +56,12 @@ def test_clashes_are_the_backgrounds_that_hide_a_drawing():
         assert name in clashes(filled((*rgb, 255)))
     assert "blue" not in clashes(filled((200, 40, 40, 255)))
     assert clashes(np.zeros((8, 8, 4), np.uint8)) == set(BACKGROUNDS)
+
+
+def test_what_a_drawing_can_be_painted():
+    red, gray = (200, 40, 40, 255), (130, 130, 130, 255)
+    mostly_red = filled(red, red, gray)
+    assert all(takes_paint(mostly_red, main_colour(mostly_red), name) for name in PAINTS)
+    mostly_gray = filled(gray, gray, red)
+    assert not any(takes_paint(mostly_gray, main_colour(mostly_gray), name) for name in PAINTS)
+    assert not takes_paint(np.zeros((4, 4, 4), np.uint8), main_colour(mostly_red), "red")

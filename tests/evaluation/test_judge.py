@@ -92,7 +92,7 @@ def test_what_was_kept_back_is_seen_all_the_same(judge: Judge, shapes: Path):
     scenes = [scene for scene in map(held_out.scene, range(600)) if is_kept_back(scene)]
     assert 100 < len(scenes) < 200
     right = shares(judge, scenes)
-    assert right["background"] == 1.0 and min(right.values()) >= 0.9, right
+    assert right["background"] == 1.0 and right["all"] >= 0.95 and min(right.values()) >= 0.8, right
 
 
 def test_exchanged_names_are_not_believed(judge: Judge, exchanged: Path):
