@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from mmdlm.data.scenes import PictureWorld
 from mmdlm.pipelines import TextToImage
-from mmdlm.training.arguments import config_from_arguments
+from mmdlm.training.arguments import config_from_arguments, run_program
 
 
 @dataclass
@@ -98,4 +97,4 @@ def psnr(made: torch.Tensor, real: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

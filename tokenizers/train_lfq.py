@@ -12,7 +12,6 @@ reconstructions, and at the end `visual_tokenizer/`, the averaged weights as `LF
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from mmdlm.models.discriminator import (
     warm_start,
 )
 from mmdlm.models.visual_tokenizer import LFQTokenizer
-from mmdlm.training.arguments import config_from_arguments
+from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
 from mmdlm.training.run_log import RunLog, plot_curves
 
@@ -273,20 +272,21 @@ def main(arguments: list[str]) -> None:
             accelerator.backward(judged)
             judge_optimizer.step()
             with torch.no_grad():
-                score_means.lerp_(torch.stack([scores.mean(), fakes.mean()]), 0.01)
+                # The mean over all processes, so that the one that is saved is every process's.
+                score_means.lerp_(accelerator.reduce(torch.stack([scores.mean(), fakes.mean()]), "mean"), 0.01)
             numbers |= {"discriminator": judged}
 
         step += 1
         seen += config.train_batch_size * world_size
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(float(loss.detach())):
             raise SystemExit(
-                f"the loss became {float(loss)} at step {step}: lower learning_rate or max_grad_norm; "
+                f"the loss became {float(loss.detach())} at step {step}: lower learning_rate or max_grad_norm; "
                 f"the last checkpoint in {out} is whole"
             )
         if step % config.logging_steps == 0:
             log.write(
                 step,
-                loss=float(loss),
+                loss=float(loss.detach()),
                 gradient_norm=float(norm),
                 learning_rate=optimizer.param_groups[0]["lr"],
                 pictures_per_second=seen / (time.monotonic() - clock),
@@ -319,4 +319,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -52,7 +52,10 @@ debian_package() { # NAME VERSION FOLDER
         # the named version where the archive still has it, else the newest
         apt-get download "$1=$2*" >download.log 2>&1 || {
             echo "$1 $2 is not to be had here, taking the newest: its drawings may differ in places" >&2
-            apt-get download "$1"
+            apt-get download "$1" || {
+                echo "apt-get can not download $1: run 'apt-get update' and then this again." >&2
+                exit 2
+            }
         }
         dpkg-deb --extract "$1"_*.deb extracted
     )

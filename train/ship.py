@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from mmdlm.errors import InputError
 from mmdlm.pipelines import TextToImage
-from mmdlm.training.arguments import config_from_arguments
+from mmdlm.training.arguments import config_from_arguments, run_program
 
 LIMIT = 40 * 2**20  # bytes of safetensors that the package may carry
 
@@ -87,4 +86,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

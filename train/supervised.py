@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from mmdlm.config import save_config
 from mmdlm.corruption import mask
 from mmdlm.data.coded import CodedScenes, coded_scenes
 from mmdlm.data.scenes import PictureWorld
+from mmdlm.errors import InputError
 from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
 from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.objectives import linear_cross_entropy, supervised_places
@@ -41,7 +41,7 @@ from mmdlm.processing import MMDLMProcessor
 from mmdlm.schedules import by_modality, sample_t, schedule_by_name
 from mmdlm.sequence import IMAGE, Canvas, ask_canvas, batch, describe_canvas, draw_canvas
 from mmdlm.text_tokenizer import train_text_tokenizer
-from mmdlm.training.arguments import config_from_arguments
+from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
 from mmdlm.training.run_log import RunLog, plot_curves
 from mmdlm.vocabulary import Vocabulary
@@ -120,7 +120,7 @@ class Rows:
         captions = max(len(self.ids(captions[0])) for captions in scenes.captions)
         answers = max(len(self.ids(answer)) for pairs in scenes.questions for _, answer in pairs)
         if captions >= config.caption_length or answers >= config.answer_length:
-            raise SystemExit(
+            raise InputError(
                 f"the longest caption has {captions} tokens and the longest answer {answers}: set caption_length above "
                 f"the one (now {config.caption_length}) and answer_length above the other (now {config.answer_length})"
             )
@@ -235,7 +235,11 @@ def build_optimizers(model: MaskPredictor, config: Config) -> list[tuple[torch.o
     if config.optimizer == "adamw":
         matrices = []
     elif config.optimizer != "muon":
-        raise SystemExit(f"optimizer is {config.optimizer!r}, expected 'adamw' or 'muon'")
+        raise InputError(f"optimizer is {config.optimizer!r}, expected 'adamw' or 'muon'")
+    elif not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"optimizer is 'muon', which torch {torch.__version__} lacks: use torch 2.9 or later, or adamw"
+        )
     chosen = {id(p) for p in matrices}
     decayed = [p for p in model.parameters() if id(p) not in chosen and p.ndim == 2]
     rest = [p for p in model.parameters() if id(p) not in chosen and p.ndim != 2]
@@ -412,4 +416,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

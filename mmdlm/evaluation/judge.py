@@ -281,7 +281,7 @@ def train_judge(
     steps = max(settings.least_steps, settings.scenes_per_drawing * drawings // settings.batch_scenes)
     with torch.random.fork_rng():  # the weights' start depends on the seed, and nobody else's chances on this
         torch.manual_seed(settings.seed)
-        net = ObjectNet(len(world.concepts), settings.widths).to(device, memory_format=torch.channels_last)
+        net = ObjectNet(len(world.concepts), settings.widths).to(memory_format=torch.channels_last).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps, pct_start=0.1)
     batches = training_crops(world, steps, settings.batch_scenes, settings.seed)

@@ -39,7 +39,7 @@ def facts_right(true: Facts, seen: Facts, concepts: Sequence[Concept]) -> dict[s
     wanted, found = true["objects"], seen["objects"]
     painted = any(thing["colour"] for thing in wanted)
 
-    def named(things: Iterable[Facts]) -> list[str]:
+    def named(things: Iterable[Facts]) -> list[Any]:
         return [nouns.get(thing["concept"], thing["concept"]) if painted else thing["concept"] for thing in things]
 
     right = {

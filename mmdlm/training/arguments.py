@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +11,15 @@ from mmdlm.config import load_config
 from mmdlm.errors import InputError
 
 T = TypeVar("T")
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Runs a program on the command line's arguments; an InputError is one sentence and exit code 2, as in the CLI."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def config_from_arguments(cls: type[T], arguments: Sequence[str], *, program: str) -> T:

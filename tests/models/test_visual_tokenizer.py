@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdlm.models.visual_tokenizer import CodeModulation, LFQTokenizer
+from mmdlm.models.lfq import entropies
+from mmdlm.models.visual_tokenizer import CodeModulation, LFQTokenizer, busy_cells
 
 TINY = {"codebook_bits": 6, "encoder_blocks": 1, "decoder_blocks": 1}
 
@@ -126,3 +127,38 @@ def test_modulation_by_the_codes():
     # All codes alike: mean 1 and spread 0, in each of 3 bits. Mixed: mean 0 and spread 1.
     torch.testing.assert_close(modulation(x, alike), 1.003 * modulation.norm(x) + 6, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(modulation(x, mixed), 4 * modulation.norm(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stem_patch", "levels"), [(4, 1), (2, 2), (1, 3)])
+def test_a_cell_encoder_sees_one_cell_at_a_time(stem_patch: int, levels: int):
+    widths = (8, 8, 12)[:levels]
+    settings = {"stem_patch": stem_patch, "encoder_widths": widths, "decoder_widths": widths}
+    picture = pixels(1, 3, 16, 16)
+    changed = picture.clone()
+    changed[:, :, 4:8, 8:12] = -picture[:, :, 4:8, 8:12]
+    for by_cell in (True, False):
+        tokenizer = tiny(cell_encoder=by_cell, **settings)
+        for parameter in tokenizer.encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        assert tokenizer.downsample == 4
+        difference = (tokenizer.encoder(changed) - tokenizer.encoder(picture)).abs().amax((0, 1)) > 1e-6
+        places = difference.nonzero().tolist()
+        assert places == [[1, 2]] if by_cell else len(places) > 1
+
+
+def test_busy_cells_on_a_hand_case():
+    picture = torch.full((1, 3, 8, 12), 0.25)
+    picture[0, 1, 0, 3] = 0.5  # in the cell at row 0, column 0
+    picture[0, :, 7, 8:] = -1.0  # row 1, column 2
+    picture[0, :, 4:, 4:8] = 0.26  # one colour, though another than its neighbours'
+    assert busy_cells(picture, 4).tolist() == [[[True, False, False], [False, False, True]]]
+    assert busy_cells(torch.zeros(1, 3, 8, 8), 4).all()  # nothing is busy: all count
+
+
+def test_busy_entropy_counts_busy_cells_only():
+    tokenizer = tiny(busy_entropy=True, entropy_temperature=0.5).train()
+    picture = pixels(2, 3, 16, 16)
+    picture[:, :, :, 4:] = 0.5
+    found = tokenizer(picture).quantized.entropies
+    z = tokenizer.encoder(picture)[:, :, :, 0].movedim(1, -1).flatten(0, 1)
+    torch.testing.assert_close(found, entropies(z, 0.5))
