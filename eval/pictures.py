@@ -19,7 +19,6 @@ import os
 import platform
 import random
 import shlex
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -48,7 +47,7 @@ from mmdlm.model_directory import model_hash
 from mmdlm.picture_files import write_whole
 from mmdlm.pipelines import ImageToText, TextToImage
 from mmdlm.programs import program_path
-from mmdlm.training.arguments import config_from_arguments
+from mmdlm.training.arguments import config_from_arguments, run_program
 
 PARTS = ("draw", "describe", "ask")
 SHEET = 48  # pictures: eight columns, six rows
@@ -81,14 +80,6 @@ class Config:
 
 def main(arguments: list[str]) -> None:
     config = config_from_arguments(Config, arguments, program=__file__)
-    try:
-        measure(config, arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def measure(config: Config, arguments: list[str]) -> None:
     unknown = sorted(set(config.parts) - set(PARTS))
     if unknown or not config.parts or config.scenes < 1:
         raise InputError(
@@ -373,4 +364,4 @@ def table(title: str, columns: list[str], rows: list[tuple[str, dict[str, Any]]]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

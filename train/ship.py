@@ -78,7 +78,9 @@ def main(arguments: list[str]) -> None:
         if out.exists():
             shutil.rmtree(out)
         os.replace(place, out)
-        out.chmod(0o755)
+        out.chmod(0o755)  # what mkdtemp and safetensors write is for their owner alone
+        for path in out.rglob("*.safetensors"):
+            path.chmod(0o644)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise

@@ -66,7 +66,7 @@ class Config:
     data: str = ""
     tokenizer: str = ""
     out: str = "runs/predictor"
-    init_from: str | None = None
+    init_from: str | None = None  # a model directory, whose weights and words a run starts from
     concepts: int | None = None
     styles: list[str] = field(default_factory=lambda: ["noto", "twemoji", "fluent_flat", "fluent_modern"])
     kind_weights: dict[str, float] | None = None
@@ -318,13 +318,17 @@ def main(arguments: list[str]) -> None:
             pools[split] = coded_scenes(
                 world, range(count), lambda pixels: tokenizer.encode(pixels.to(device)), cache=out / "codes", key=key
             )
-    processor = build_processor(pools["train"], config, tokenizer)
+    if config.init_from:
+        # The words' ids must stay those that the weights were trained on.
+        processor = MMDLMProcessor.from_pretrained(Path(config.init_from) / "processor")
+    else:
+        processor = build_processor(pools["train"], config, tokenizer)
     rows, held_out = Rows(pools["train"], config, processor), Rows(pools["held_out"], config, processor)
 
     # 2. Model, optimizers, moving average; a checkpoint where there is one.
     model = build_model(config, processor.vocabulary, tokenizer).to(device)
     if config.init_from:
-        model.load_state_dict(MaskPredictor.from_pretrained(config.init_from).state_dict())
+        model.load_state_dict(MaskPredictor.from_pretrained(Path(config.init_from) / "model").state_dict())
     average = WeightAverage(model, config.ema_decay)
     optimizers = build_optimizers(model, config)
     step = 0
