@@ -55,12 +55,14 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 
 def main() -> None:
     """The console script."""
+    # Whoever had the pipelines loaded before calls this from a program of their own, which must not be ended here.
+    called_from_program = "mmdlm.pipelines" in sys.modules
     try:
         app()
     except SystemExit as finished:
         # Everything is written. Taking down torch, transformers and diffusers module by module would keep the person
         # waiting for another second (1.2 s of 7.7 s, measured); the system does it at once.
-        if "mmdlm.pipelines" in sys.modules and isinstance(finished.code, int):
+        if "mmdlm.pipelines" in sys.modules and not called_from_program and isinstance(finished.code, int):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(finished.code)

@@ -95,8 +95,9 @@ _FILLED = torch.tensor([[slot in layout.slots for slot in SLOTS] for layout in L
 class JudgeSettings:
     """How a judge is trained; the cache is keyed by all of it."""
 
-    scenes_per_drawing: int = 54  # training scenes for each drawing (concept in a style)
-    least_steps: int = 1600
+    scenes_per_drawing: int = 100  # training scenes for each drawing (concept in a style), within the steps below
+    least_steps: int = 600
+    most_steps: int = 2400  # about 250 CPU-seconds
     batch_scenes: int = 32
     widths: tuple[int, int, int] = (24, 48, 96)
     learning_rate: float = 3e-3
@@ -278,7 +279,8 @@ def train_judge(
             "make a PictureWorld of that for it."
         )
     drawings = sum((style, concept.sequence) in world.drawings for style in world.styles for concept in world.concepts)
-    steps = max(settings.least_steps, settings.scenes_per_drawing * drawings // settings.batch_scenes)
+    steps = settings.scenes_per_drawing * drawings // settings.batch_scenes
+    steps = max(settings.least_steps, min(settings.most_steps, steps))
     with torch.random.fork_rng():  # the weights' start depends on the seed, and nobody else's chances on this
         torch.manual_seed(settings.seed)
         net = ObjectNet(len(world.concepts), settings.widths).to(memory_format=torch.channels_last).to(device)
