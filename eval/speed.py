@@ -187,11 +187,15 @@ def entropy(config: Config) -> list[Row]:
 
 
 def loss_and_gradient(form: Callable[[Tensor, float], Entropies], z: Tensor, temperature: float) -> Callable[[], Any]:
-    """One forward and backward of per-sample minus codebook entropy with regard to z; returns both."""
+    """One forward and backward of per-sample minus twice the codebook entropy with regard to z; returns both.
+
+    Twice, as the tokenizer weighs them: where every vector has a code of its own, the plain difference is constant and
+    its gradient nothing but rounding.
+    """
 
     def run() -> tuple[Tensor, Tensor]:
         found = form(z, temperature)
-        loss = found.per_sample - found.codebook
+        loss = found.per_sample - 2 * found.codebook
         return torch.stack(list(found)).detach(), torch.autograd.grad(loss, z)[0]
 
     return run
