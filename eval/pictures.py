@@ -74,6 +74,7 @@ class Config:
     batch_size: int = 32
     seed: int = 0
     device: str = "cpu"
+    judge_concepts: int = 300  # that the judge tells apart at least: among few, any blob is right by luck too often
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     judge_cache: str | None = None  # None: $XDG_CACHE_HOME/mmdlm
 
@@ -106,7 +107,8 @@ def main(arguments: list[str]) -> None:
 
     # 2. The judge and its own accuracy: on renders it never saw, and on what the tokenizer makes of them.
     if "draw" in config.parts:
-        whole = PictureWorld(config.data, split="all", resolution=SIDE, **settings)
+        known = max(len(train.concepts), config.judge_concepts) if settings["concepts"] is not None else None
+        whole = PictureWorld(config.data, split="all", resolution=SIDE, **(settings | {"concepts": known}))
         judge = cached_judge(whole, config.judge, judge_cache(config), device=config.device)
         scenes = (held_out.scene(FIRST_SCENE + n) for n in itertools.count((config.seed + 1) * 1_000_000))
         renders = list(itertools.islice(filter(is_kept_back, scenes), config.judged_renders))

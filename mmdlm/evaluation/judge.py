@@ -56,6 +56,7 @@ _CROP = 32  # pixels of what the network sees: a small object's slot and one cel
 _FORMAT = 1  # raised when the same settings would train another judge
 # Of the judge's training scenes: recoloured ones are the hardest, and every drawing has several paints.
 _KINDS = {"single": 0.2, "recoloured": 0.3, "small": 0.12, "count": 0.13, "pair": 0.25}
+_SURE = 0.5  # below this probability the judge names no concept: a blob is not the thing whose colour it has
 _HERE = 0.5  # from this probability on an object counts as standing in its slot
 
 
@@ -173,16 +174,20 @@ class Judge:
         return judged
 
     def _facts(self, layout: Layout, background: str, concept: Tensor, paint: Tensor, here: Tensor) -> dict[str, Any]:
-        """Facts in a scene's form; a slot of the layout where nothing stands is left out: three of four count three."""
+        """Facts in a scene's form; a slot of the layout where nothing stands is left out: three of four count three.
+
+        What the judge can not name is concept None.
+        """
         objects: list[dict[str, Any]] = []
         for index, slot in enumerate(layout.slots):
             at = SLOTS.index(slot)
             if here[at] < _HERE:
                 continue
+            sure, named = (part.item() for part in concept[at].softmax(-1).max(-1))
             chosen = int(paint[at].argmax())
             position = layout.positions[index] if layout.kind == "pair" else layout.positions[0]
             thing = {
-                "concept": self.concepts[int(concept[at].argmax())].name,
+                "concept": self.concepts[int(named)].name if sure >= _SURE else None,
                 "colour": tuple(PAINTS)[chosen - 1] if chosen else None,
                 "position": position,
                 "size": layout.size,
