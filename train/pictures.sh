@@ -23,12 +23,5 @@ mmdlm data build pictures "$run/pictures" --source "$run/packages"
 $launch "$here/tokenizers/train_lfq.py" --config $tokenizer data="$run/pictures" out="$run/tokenizer"
 $launch "$here/train/supervised.py" --config $predictor data="$run/pictures" \
   tokenizer="$run/tokenizer/visual_tokenizer" out="$run/predictor"
-trained="$run/predictor" recipe=pictures_gpu
-if [ "${DEVICE:-cpu}" != gpu ]; then
-  # Two cores cannot learn all of the first stage's world in its time: the second stage sharpens the commonest part.
-  trained="$run/predictor_24" recipe=pictures_24
-  $launch "$here/train/supervised.py" --config pictures_24 data="$run/pictures" out="$trained" \
-    init_from="$run/predictor/pipeline" tokenizer="$run/tokenizer/visual_tokenizer"
-fi
-mmdlm run train/ship model="$trained/pipeline" out="$run/shipped" card="$here/train/pictures_card.md"
-mmdlm run eval/pictures model="$run/shipped" recipe=$recipe data="$run/pictures" out="$run/judged"
+mmdlm run train/ship model="$run/predictor/pipeline" out="$run/shipped" card="$here/train/pictures_card.md"
+mmdlm run eval/pictures model="$run/shipped" recipe=$predictor data="$run/pictures" out="$run/judged"
