@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Canvas": "mmdlm.sequence",
+    "Fill": "mmdlm.pipelines",
     "ImageToText": "mmdlm.pipelines",
     "InputError": "mmdlm.errors",
     "LFQTokenizer": "mmdlm.models.visual_tokenizer",
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mmdlm.errors import InputError
     from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
     from mmdlm.models.visual_tokenizer import LFQTokenizer
-    from mmdlm.pipelines import ImageToText, TextToImage
+    from mmdlm.pipelines import Fill, ImageToText, TextToImage
     from mmdlm.processing import MMDLMProcessor
     from mmdlm.sampling.denoise import denoise
     from mmdlm.sequence import Canvas
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Canvas",
+    "Fill",
     "ImageToText",
     "InputError",
     "LFQTokenizer",

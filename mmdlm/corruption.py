@@ -6,7 +6,7 @@ x0, bit for bit, wherever a place is not corruptible. B rows, L positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +31,20 @@ def mask(
     schedule: Schedule,
     generator: torch.Generator | None = None,
     at_least_one: bool = False,
-    exact: bool = False,
+    exact: bool | Literal["released"] = False,
 ) -> Corrupted:
     """Replace corruptible places by the mask, each with probability 1 - alpha(t).
+
+    LLaDA's and MMaDA's text: the linear schedule at t = (1 - eps) u + eps, u uniform and eps 1e-3, so that no weight
+    1/t is above 1000: `sample_t(..., minimum=1e-3)`.
 
     x0 int [B, L]; t float [B, 1] (one per row) or [B, L] (one per block or modality), values in (0, 1]; corruptible
     bool [B, L].
 
     exact: mask round(n (1 - alpha(t))) of a row's n corruptible places, chosen uniformly (MaskGIT arXiv:2202.04200,
-        Show-o arXiv:2408.12528). Needs one masked share per row.
+        Show-o arXiv:2408.12528). Needs one masked share per row. "released": the places that Show-o's and MMaDA's
+        programs choose with the same noise, where argsort(noise), taken for a rank, is below the count; as uniform, and
+        only for rows that are corruptible throughout.
     at_least_one: a row that has corruptible places but none masked gets one, uniformly chosen where t is the same for
         the row. It then counts with the weight of its t, so the mean loss is slightly above the bound: short answers
         at small t are seen more often than the schedule says. Off, such rows are empty and the bound is exact.
@@ -54,10 +59,12 @@ def mask(
     if exact:
         if share.shape[1] != 1:
             raise ValueError("exact masking got one masked share per place, expected one per row: t [B, 1].")
-        count = (corruptible.sum(1, keepdim=True) * share).round().long()
+        count = (corruptible.sum(1, keepdim=True) * share).round().long().clamp(min=int(at_least_one))
         # Rank of each place among its row's corruptible places in random order; the others rank last.
         order = noise.masked_fill(~corruptible, 2.0).argsort(dim=1, stable=True)
-        masked = (order.argsort(dim=1, stable=True) < count) & corruptible
+        if exact == "released" and not bool(corruptible.all()):
+            raise ValueError("exact='released' got places that are not corruptible, expected none: use exact=True.")
+        masked = ((order if exact == "released" else order.argsort(dim=1, stable=True)) < count) & corruptible
     else:
         masked = (noise < share) & corruptible
     if at_least_one:

@@ -83,5 +83,23 @@ def sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     return whole
 
 
+def heat_map(shares: Sequence[Sequence[float]], side: int) -> Image.Image:
+    """Rows of numbers in [0, 1] as a picture of `side` pixels a side: black is 0, through red and yellow white is 1."""
+    colours = [bytes(round(255 * min(max(3 * share - band, 0.0), 1.0)) for band in range(3))
+               for row in shares for share in row]
+    small = Image.frombytes("RGB", (len(shares[0]), len(shares)), b"".join(colours))
+    return small.resize((side, side), Image.Resampling.NEAREST)
+
+
+def check_directory(path: Path) -> None:
+    """Raises InputError unless `path` is, or can become, a directory to write files into; leaves nothing behind."""
+    if os.path.isdir(path):
+        check_writable(path / "step.png", ".png")
+        return
+    if os.path.lexists(path):
+        raise InputError(f"{path} is a file, expected a directory: choose another name.")
+    check_writable(path.with_name(path.name + ".png"), ".png")
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -30,6 +30,7 @@ Picture = str | Path | bytes | Image.Image
 
 # Raster formats only: Pillow's EPS reader would start Ghostscript on a stranger's file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FITS = ("pad", "crop", "squash")  # how a picture becomes a square, see `fit_square`
 LARGEST_PICTURE = 64 * 2**20  # pixels; a decompression bomb states its size before it is unpacked
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's readers raise on bad files
 
@@ -38,7 +39,8 @@ class MMDLMProcessor(ProcessorMixin):
     """The text tokenizer, the shared vocabulary and the picture size of one model.
 
     `vocabulary` may be given as a `Vocabulary` or as its `to_dict()`; `image_size` is the side in pixels of the
-    square pictures the visual tokenizer was trained on.
+    square pictures the visual tokenizer was trained on; `picture_fit` says how a picture becomes such a square, see
+    `fit_square`.
     """
 
     def __init__(
@@ -46,12 +48,16 @@ class MMDLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerFast | None = None,
         vocabulary: Vocabulary | dict[str, Any] | None = None,
         image_size: int = 64,
+        picture_fit: str = "pad",
     ) -> None:
         if vocabulary is None:
             raise InputError("MMDLMProcessor got no vocabulary, expected a Vocabulary or its to_dict(): pass one.")
         super().__init__(tokenizer=tokenizer)
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.from_dict(vocabulary)
         self.image_size = image_size
+        if picture_fit not in FITS:
+            raise InputError(f"picture_fit is {picture_fit!r}, expected {', '.join(FITS[:-1])} or {FITS[-1]}.")
+        self.picture_fit = picture_fit
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes to processor_config.json."""
@@ -83,33 +89,65 @@ class MMDLMProcessor(ProcessorMixin):
     def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Pictures of any size and mode -> float32 [B, 3, S, S] in [-1, 1].
 
-        A picture that is not square is kept whole, on a square in the colour of its border. Raises what
-        `load_image` raises.
+        A picture that is not square is made so as `picture_fit` says: "pad" keeps it whole, on a square in the colour
+        of its border. Raises what `load_image` raises.
         """
         pictures = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else list(images)
-        rows = [np.asarray(_square(load_image(picture), self.image_size), dtype=np.float32) for picture in pictures]
+        squares = [fit_square(load_image(picture), self.image_size, self.picture_fit) for picture in pictures]
+        rows = [np.asarray(square, dtype=np.float32) for square in squares]
         return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
     def images(self, pixels: Tensor) -> list[Image.Image]:
         """Float [B, 3, H, W] in [-1, 1] -> B pictures. Values outside the range saturate, as in any 8-bit picture."""
-        levels = ((pixels.detach().float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return [Image.fromarray(row) for row in levels.permute(0, 2, 3, 1).cpu().numpy()]
+        return [Image.fromarray(row) for row in to_levels(pixels).cpu().numpy()]
 
 
-def load_image(picture: Picture) -> Image.Image:
+def to_levels(pixels: Tensor, *, truncate: bool = False) -> Tensor:
+    """Float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]; values outside the range saturate.
+
+    truncate=True cuts the fraction off instead of rounding, as Show-o and MMaDA do: half a level darker on average.
+    """
+    pixels = pixels.detach().float().permute(0, 2, 3, 1)
+    if truncate:
+        return (((pixels + 1.0) / 2.0).clamp(0, 1) * 255.0).to(torch.uint8)
+    return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def fit_square(picture: Image.Image, side: int, fit: str = "pad") -> Image.Image:
+    """An RGB picture -> one of side x side pixels.
+
+    fit: "pad" keeps it whole, on a square in the median colour of its border; "crop" scales the shorter side to `side`
+    and cuts out the centre, as Show-o and MMaDA do; "squash" scales both sides. All are bicubic. Raises InputError for
+    another word.
+    """
+    if fit == "pad":
+        return _padded(picture, side)
+    if fit == "squash":
+        return picture.resize((side, side), Image.Resampling.BICUBIC)
+    if fit != "crop":
+        raise InputError(f"picture_fit is {fit!r}, expected {', '.join(FITS[:-1])} or {FITS[-1]}.")
+    shorter = min(picture.size)
+    width, height = (side if length == shorter else int(side * length / shorter) for length in picture.size)
+    # torchvision's rounding, half to even: another one would shift the cut by a pixel.
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    scaled = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return scaled.crop((left, top, left + side, top + side))
+
+
+def load_image(picture: Picture, *, largest: int = LARGEST_PICTURE) -> Image.Image:
     """A path, the bytes of a file or a Pillow picture -> an upright RGB picture; what is transparent becomes white.
 
-    Raises InputError when there is no such file, when it is empty or broken or no picture, when it is larger than
-    64 megapixels, and when it has several frames: which of them is meant is not for the machine to guess.
+    Raises InputError when there is no such file, when it is empty or broken or no picture, when it has more than
+    `largest` pixels, and when it has several frames: which of them is meant is not for the machine to guess.
     """
     if isinstance(picture, Image.Image):
         return _upright_rgb(picture, "The picture")
     name = "The picture" if isinstance(picture, bytes) else str(picture)
     with _open(picture, name) as opened:
         width, height = opened.size
-        if width * height > LARGEST_PICTURE:
+        if width * height > largest:
             raise InputError(
-                f"{name} has {width} x {height} pixels, expected at most {LARGEST_PICTURE // 2**20} megapixels: "
+                f"{name} has {width} x {height} pixels, expected at most {largest / 2**20:.3g} megapixels: "
                 "scale it down first."
             )
         # A phone's MPO is a JPEG with a second, smaller view behind it; its first picture is the picture.
@@ -171,7 +209,7 @@ def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _square(picture: Image.Image, side: int) -> Image.Image:
+def _padded(picture: Image.Image, side: int) -> Image.Image:
     """The whole picture on a `side` x `side` square filled with the median colour of its border."""
     if picture.size == (side, side):
         return picture

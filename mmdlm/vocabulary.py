@@ -3,6 +3,7 @@
 [0, text_size)                            text and special ids, as the text tokenizer gives them
 [text_size, image_start)                  unused rows (a published model may pad its embedding)
 [image_start, image_start + image_size)   image codes, shifted by image_start
+[size, rows)                              unused rows again, where a published model pads the whole table
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Vocabulary:
     draw_id: int  # task words: text -> picture, picture -> caption, picture and question -> answer
     describe_id: int
     ask_id: int
+    rows: int = 0  # rows of the embedding and of the head where a published model pads them; 0: as many as ids
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,6 +48,11 @@ class Vocabulary:
             raise ValueError(
                 f"Vocabulary got text_size {self.text_size}, image_start {self.image_start} and image_size "
                 f"{self.image_size}, expected 1 <= text_size <= image_start and image_size >= 0."
+            )
+        if self.rows and self.rows < self.size:
+            raise ValueError(
+                f"Vocabulary.rows is {self.rows}, expected 0 or at least the number of ids, {self.size}: a table has a "
+                "row for every id."
             )
         for name in _SPECIAL:
             value = getattr(self, name)
@@ -60,8 +67,13 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """The number of ids, and of rows of the embedding."""
+        """The number of ids, [0, size)."""
         return self.image_start + self.image_size
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the embedding and of the head: every id, and the padding of a published model."""
+        return self.rows or self.size
 
     @property
     def text_columns(self) -> tuple[int, int]:
@@ -98,6 +110,7 @@ class Vocabulary:
     def from_dict(cls, values: Mapping[str, Any]) -> Vocabulary:
         """The vocabulary whose `to_dict` is `values`. Raises ValueError for missing or unknown keys."""
         names = {field.name for field in fields(cls)}
+        values = {"rows": 0, **values}  # what was saved before there was padding has none
         if names != set(values):
             raise ValueError(
                 f"A vocabulary has the keys {', '.join(sorted(names))}; missing: "

@@ -69,6 +69,20 @@ def test_exact_counts_and_uniform_places():
         mask(x0, t.expand(6000, 6), corruptible=corruptible, mask_id=MASK, schedule=linear, exact=True)
 
 
+def test_the_released_choice_of_exact_places_takes_an_argsort_for_a_rank():
+    x0 = torch.full((4000, 5), 7)
+    settings = {"corruptible": x0 == 7, "mask_id": MASK, "schedule": linear}
+    t = torch.full((4000, 1), 0.4)
+    released = mask(x0, t, generator=seeded(), exact="released", **settings).supervised
+    assert torch.equal(released, torch.rand(4000, 5, generator=seeded()).argsort(dim=1) < 2)
+    assert ((released.float().mean(0) - 0.4).abs() < 0.03).all(), "as uniform as the other"
+    few = mask(x0, t / 8, generator=seeded(), exact="released", at_least_one=True, **settings).supervised
+    assert (few.sum(1) == 1).all()
+    settings["corruptible"] = torch.arange(5).expand_as(x0) < 4
+    with pytest.raises(ValueError, match="not corruptible"):
+        mask(x0, t, generator=seeded(), exact="released", **settings)
+
+
 def test_at_least_one_is_uniform_and_leaves_rows_without_places_alone():
     x0 = torch.full((6000, 4), 5)
     corruptible = torch.tensor([True, True, False, True]).repeat(6000, 1)

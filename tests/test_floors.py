@@ -26,17 +26,19 @@ FLOORS = {
     "sequence": 1,
     "corruption": 1,
     "attention": 1,
+    "templates": 1,
     "objectives": 2,
     "models": 2,
     "sampling": 3,
     "processing": 4,
+    "prompts": 4,
     "convert": 4,
     "data": 4,
     "training": 4,
     "pipelines": 5,
     "evaluation": 5,
     "serving": 6,
-    "cli": 6,
+    "cli": 7,
 }
 
 
@@ -49,7 +51,7 @@ def program_files() -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    """mmdlm/models/lfq.py -> models; mmdlm/cli.py -> cli."""
+    """mmdlm/models/lfq.py -> models; mmdlm/cli/words.py -> cli."""
     return path.relative_to(ROOT / "mmdlm").parts[0].removesuffix(".py")
 
 
@@ -133,7 +135,7 @@ def test_the_floors_are_those_of_the_style_page():
     written = {
         room.rstrip("/"): GROUND if floor == "ground" else int(floor)
         for floor, rooms in rows
-        if floor != "7"
+        if floor != "8"
         for room in re.findall(r"`(\w+/?)`", rooms.split(":")[0])
     }
     assert written == FLOORS

@@ -288,3 +288,30 @@ def test_parts_of_two_models_do_not_fit_together(draw):
     other = {**draw.processor.vocabulary.to_dict(), "image_size": 32}
     with pytest.raises(InputError, match="take both from one model directory"):
         TextToImage(draw.model, draw.visual_tokenizer, MMDLMProcessor(draw.processor.tokenizer, other, 16))
+
+
+# ------------------------------------------------------------------------------------------------ how sure, and by what
+
+
+def test_every_output_says_how_sure_each_token_was(draw, tell):
+    pictures = draw(PROMPTS, num_inference_steps=3, generator=seeded(0, 1))
+    assert pictures.confidence.shape == pictures.codes.shape
+    assert pictures.confidence.min() > 0 and pictures.confidence.max() <= 1
+    words = tell([noise(0), noise(1)], num_inference_steps=4)
+    for tokens, sure in zip(words.tokens, words.confidences, strict=True):
+        assert all(0 < share <= 1 for _, share in tokens)
+        assert sure == pytest.approx(float(np.exp(np.mean([np.log(share) for _, share in tokens]))), rel=1e-4)
+
+
+def test_a_rule_for_one_call(draw, tell):
+    few = draw(PROMPTS[0], policy={"name": "threshold", "tau": 1e-6}, generator=seeded(0))
+    assert few.codes.shape == (1, 4, 4)
+    steps: list[int] = []
+    settings = {"policy": {"name": "threshold", "tau": 1.0}, "callback_on_step_end": lambda *a: steps.append(a[1])}
+    tell(noise(0), **settings)  # as many passes as the rule needs, more than the preset's
+    assert len(steps) > tell.presets["describe"]["num_inference_steps"]
+    steps.clear()
+    tell(noise(0), num_inference_steps=4, **settings)
+    assert len(steps) == 4
+    with pytest.raises(InputError, match="tau is 0"):
+        tell(noise(0), policy={"name": "threshold", "tau": 0})

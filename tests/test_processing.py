@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mmdlm.errors import InputError
-from mmdlm.processing import MMDLMProcessor, load_image
+from mmdlm.processing import MMDLMProcessor, fit_square, load_image, to_levels
 from mmdlm.text_tokenizer import SPECIAL_TOKENS, train_text_tokenizer
 
 UNSEEN = ["日本語のりんご", "🍎🏳️‍🌈", "a\x00b\tc\r\n", "ﬃ é \u202e x", "  two  . ", "\U0010ffff\ufffd", "x" * 5000]
@@ -75,6 +75,31 @@ def test_a_wide_picture_is_kept_whole_on_the_colour_of_its_border(processor):
     square = processor.images(processor.pixels(wide))[0]
     assert square.getpixel((8, 0)) == square.getpixel((8, 15)) == (10, 200, 30)
     assert square.getpixel((8, 8)) == pytest.approx((250, 0, 0), abs=8)
+
+
+def test_the_centre_of_a_wide_picture_or_all_of_it_squashed(processor, tmp_path):
+    # 16 rows are kept, and of 21 columns the 16 from round(2.5) = 2 on: half to even.
+    columns = np.repeat([0, 120, 240], (7, 7, 7)).astype(np.uint8)
+    wide = Image.fromarray(np.broadcast_to(columns[None, :, None], (16, 21, 3)).copy())
+    cut = fit_square(wide, 16, "crop")
+    assert np.array_equal(np.asarray(cut), np.asarray(wide)[:, 2:18])
+    assert fit_square(wide, 16, "squash").getpixel((1, 0)) == (0, 0, 0)
+    assert fit_square(wide.rotate(90, expand=True), 16, "crop").size == (16, 16)
+    assert fit_square(wide.resize((5, 9)), 16, "crop").size == (16, 16)  # a small one is scaled up
+    with pytest.raises(InputError, match="picture_fit is 'stretch', expected pad, crop or squash"):
+        fit_square(wide, 16, "stretch")
+    with pytest.raises(InputError, match="picture_fit is 'stretch'"):
+        MMDLMProcessor(processor.tokenizer, processor.vocabulary, 16, "stretch")
+    cropping = MMDLMProcessor(processor.tokenizer, processor.vocabulary, 16, "crop")
+    cropping.save_pretrained(tmp_path)
+    for again in (cropping, MMDLMProcessor.from_pretrained(tmp_path)):
+        assert again.picture_fit == "crop" and np.array_equal(np.asarray(again.images(again.pixels(wide))[0]), cut)
+
+
+def test_levels_are_rounded_or_cut():
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert to_levels(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
+    assert to_levels(pixels, truncate=True)[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -16,7 +16,7 @@ from mmdlm.programs import program_path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # rooms whose files the tree does not name one by one
-FOLDERS = tuple(f"mmdlm/{room}/" for room in ("assets", "convert", "data", "training", "evaluation", "serving"))
+FOLDERS = tuple(f"mmdlm/{room}/" for room in ("assets", "convert", "data", "training", "evaluation", "serving", "cli", "pipelines"))
 
 
 def block(marker: str) -> str:

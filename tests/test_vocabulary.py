@@ -73,3 +73,13 @@ def test_parts_that_overlap_or_make_no_sense(change):
 def test_a_published_model_may_lack_words_and_pictures():
     text_only = replace(SMALL, image_size=0, boi_id=-1, eoi_id=-1, draw_id=-1, describe_id=-1, ask_id=-1)
     assert text_only.size == 24 and not text_only.is_image(torch.arange(24)).any()
+
+
+def test_a_padded_table_has_more_rows_than_ids():
+    padded = replace(SMALL, rows=SMALL.size + 4)
+    assert padded.size == SMALL.size and padded.image_columns == SMALL.image_columns
+    assert (SMALL.table_rows, padded.table_rows) == (SMALL.size, SMALL.size + 4)
+    old = {name: value for name, value in SMALL.to_dict().items() if name != "rows"}
+    assert Vocabulary.from_dict(old) == SMALL, "what was saved before there was padding still loads"
+    with pytest.raises(ValueError, match="rows is 5"):
+        replace(SMALL, rows=5)

@@ -16,6 +16,7 @@ Shapes: N vectors, d bits (channels), K = 2^d codes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,22 @@ def codes_to_bits(codes: Tensor, bits: int, order: str = "big", dtype: torch.dty
         )
     on = (codes.unsqueeze(-1) & bit_weights(bits, order, codes.device)) != 0
     return on.to(dtype) * 2 - 1
+
+
+def split_codes(codes: Tensor, factors: Sequence[int], order: str = "big") -> tuple[Tensor, ...]:
+    """A large code as several small ones: one int64 [...] per factor, in the order of the channels.
+
+    factors: bits of each, such as (6, 12) for 18. The first takes the first channels; within it they weigh as `order`
+    says (Open-MAGVIT2, arXiv 2409.04410, section 3.2: a model predicts 2^6 and 2^12 instead of 2^18 classes).
+    """
+    bits = codes_to_bits(codes, sum(factors), order)
+    return tuple(bits_to_codes(part, order) for part in bits.split(list(factors), dim=-1))
+
+
+def join_codes(parts: Sequence[Tensor], factors: Sequence[int], order: str = "big") -> Tensor:
+    """The way back of `split_codes`: one int64 [...] per factor -> codes int64 [...]; ValueError out of range."""
+    bits = [codes_to_bits(part, count, order) for part, count in zip(parts, factors, strict=True)]
+    return bits_to_codes(torch.cat(bits, -1), order)
 
 
 def entropies(z: Tensor, temperature: float, *, group_bits: int | None = None) -> Entropies:

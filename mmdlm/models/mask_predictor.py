@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from mmdlm.models.lfq import codes_to_bits
+from mmdlm.models.slot_cache import SlotCache
 from mmdlm.vocabulary import Vocabulary
 
 
@@ -41,6 +42,9 @@ class MaskPredictorConfig(PreTrainedConfig):
         image_fold: k, side of the square of image tokens that share a trunk position (1: none).
         prediction_offset: 0, or 1 where a model born autoregressive predicts place p from the hidden state at p - 1.
         max_positions: longest row, in tokens.
+        block_length: places of a block where the model was trained block by block (0: it sees the whole row).
+        published: where the weights came from, `{"family": ..., "config": its own config.json}`, so that they can be
+            written back in their own format.
         tie_word_embeddings: the head is the embedding table.
     """
 
@@ -56,6 +60,8 @@ class MaskPredictorConfig(PreTrainedConfig):
         image_fold: int = 1,
         prediction_offset: int = 0,
         max_positions: int = 1024,
+        block_length: int = 0,
+        published: dict[str, Any] | None = None,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
@@ -66,12 +72,13 @@ class MaskPredictorConfig(PreTrainedConfig):
         self.code_bits, self.bit_order = code_bits, bit_order
         self.image_side, self.image_fold = image_side, image_fold
         self.prediction_offset, self.max_positions = prediction_offset, max_positions
+        self.block_length, self.published = block_length, published
 
     def trunk_config(self) -> PreTrainedConfig:
         """The decoder's configuration, bidirectional and of this vocabulary's size."""
         settings = dict(self.trunk)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        config.vocab_size = self.shared_vocabulary.size
+        config.vocab_size = self.shared_vocabulary.table_rows
         config.is_causal = False
         config.use_cache = False
         config.pad_token_id = None
@@ -125,7 +132,7 @@ class MaskPredictor(PreTrainedModel):
             raise ValueError(f"prediction_offset is {config.prediction_offset!r}, expected 0 or 1")
         width, vocabulary = trunk_config.hidden_size, config.shared_vocabulary
         self.vocabulary = vocabulary
-        self.head = nn.Linear(width, vocabulary.size, bias=False)
+        self.head = nn.Linear(width, vocabulary.table_rows, bias=False)
         if config.code_bits:
             if vocabulary.image_size != 2**config.code_bits:
                 raise ValueError(
@@ -172,16 +179,23 @@ class MaskPredictor(PreTrainedModel):
         grid: Tensor | None = None,
         where: Tensor | None = None,
         columns: tuple[int, int] | None = None,
+        cache: SlotCache | None = None,
+        computed: Tensor | None = None,
     ) -> MaskPredictorOutput:
         """Logits at the asked places.
 
         Args:
             input_ids: [B, L] in [0, V).
-            attention_mask: None (everybody sees everybody), or bool [B, 1, 1 or L, L], True where a place may be seen.
+            attention_mask: None (everybody sees everybody), or bool [B, 1, 1 or L, L], True where a place may be seen,
+                or float [B, 1, 1 or L, L], added to the attention scores as it is (sdpa and eager attention).
             position_ids: [B, L]; default 0 .. L-1.
             grid: [B, L, 2] row and column of image places, -1 at text places; needed with `image_side` or `image_fold`.
             where: [B, W] asked places; default all.
             columns: (first, last + 1) of the ids wanted; default all.
+            cache: what earlier passes over this canvas left, and where this one leaves its own. Every other tensor is
+                for the whole canvas all the same.
+            computed: bool [B, L], with a cache: the places to compute, at least one per row; the others are as the pass
+                that last computed them left them. Default all. Folded places are computed if one of them is.
 
         Returns logits [B, W, last + 1 - first]. Raises ValueError for a row longer than `max_positions` and for a
         missing grid.
@@ -192,9 +206,9 @@ class MaskPredictor(PreTrainedModel):
             raise ValueError("this model places image tokens by row and column: give grid [B, L, 2]")
         hidden = self._embed(input_ids, grid)
         if self.config.image_fold > 1 and grid is not None:
-            hidden = self._run_folded(hidden, attention_mask, position_ids, grid, where)
+            hidden = self._run_folded(hidden, attention_mask, position_ids, grid, where, cache, computed)
         else:
-            hidden = self._run(hidden, attention_mask, position_ids)
+            hidden = self._run(hidden, attention_mask, position_ids, cache, computed)
             if self.config.prediction_offset:
                 hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], 1)  # the first place has none before it
             if where is not None:
@@ -203,7 +217,7 @@ class MaskPredictor(PreTrainedModel):
 
     def head_rows(self, columns: tuple[int, int] | None = None) -> Tensor:
         """The output matrix [V', D] of the ids in `columns`, bit structure included: logits are hidden @ rows.T."""
-        first, end = columns or (0, self.vocabulary.size)
+        first, end = columns or (0, self.vocabulary.table_rows)
         return self._with_bits(self.head.weight, "bits_out", first, end)
 
     def _with_bits(self, table: Tensor, name: str, first: int, end: int) -> Tensor:
@@ -214,27 +228,50 @@ class MaskPredictor(PreTrainedModel):
         low, high = max(first, start), min(end, stop)
         codes = torch.arange(low - start, high - start, device=table.device)
         bits = codes_to_bits(codes, self.config.code_bits, self.config.bit_order, table.dtype)
-        parts = [table[first:low], table[low:high] + bits @ getattr(self, name)]
-        return torch.cat(parts) if low > first else parts[1]
+        parts = [table[first:low], table[low:high] + bits @ getattr(self, name), table[high:end]]
+        parts = [part for part in parts if len(part)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _embed(self, ids: Tensor, grid: Tensor | None) -> Tensor:
         table = cast(Tensor, self.get_input_embeddings().weight)
-        hidden = F.embedding(ids, self._with_bits(table, "bits_in", 0, self.vocabulary.size))
+        hidden = F.embedding(ids, self._with_bits(table, "bits_in", 0, self.vocabulary.table_rows))
         if self.config.image_side and grid is not None:
             at_image = (grid[..., :1] >= 0).to(hidden.dtype)
             place = grid.clamp_min(0)
             hidden = hidden + at_image * (self.rows(place[..., 0]) + self.columns(place[..., 1]))
         return hidden
 
-    def _run(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def _run(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: SlotCache | None = None,
+        computed: Tensor | None = None,
+    ) -> Tensor:
+        """The trunk over every place, or over the computed ones while it sees the others' slots: [B, M, D]."""
+        if cache is not None:
+            hidden, attention_mask, position_ids = cache.open(hidden, attention_mask, position_ids, computed)
         if attention_mask is not None:
             attention_mask = _mask_of_kind(attention_mask, self.trunk.config._attn_implementation, hidden)
-        return self.trunk(
-            inputs_embeds=hidden, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        out = self.trunk(
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state.to(hidden.device)  # layers may lie on other devices than the embedding and the head
+        return out if cache is None else cache.close(out)
 
     def _run_folded(
-        self, hidden: Tensor, mask: Tensor | None, position_ids: Tensor | None, grid: Tensor, where: Tensor | None
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        grid: Tensor,
+        where: Tensor | None,
+        cache: SlotCache | None = None,
+        computed: Tensor | None = None,
     ) -> Tensor:
         """The trunk over folded places: [B, L, D] -> [B, W or L, D]."""
         side = self.config.image_fold
@@ -252,6 +289,8 @@ class MaskPredictor(PreTrainedModel):
         count = leader.sum(1, keepdim=True)
         real = torch.arange(leads.shape[1], device=grid.device) < count
         if mask is not None:
+            if mask.is_floating_point():
+                raise ValueError("a folded model got a float mask, expected bool: folded places share what they see")
             mask = mask.expand(batch, 1, -1, length)
             mask = mask.gather(3, leads[:, None, None].expand(-1, -1, mask.shape[2], -1))
             if mask.shape[2] > 1:
@@ -259,7 +298,9 @@ class MaskPredictor(PreTrainedModel):
             mask = mask & real[:, None, None]
         elif not bool(real.all()):
             mask = real[:, None, None]
-        out = self._run(folded, mask, positions.clamp_min(0))
+        if computed is not None:
+            computed = torch.zeros_like(real.expand(batch, -1)).scatter_reduce(1, group, computed, "amax")
+        out = self._run(folded, mask, positions.clamp_min(0), cache, computed)
 
         where = torch.arange(length, device=grid.device).expand(batch, length) if where is None else where
         at = group.gather(1, where)
@@ -273,11 +314,18 @@ class MaskPredictor(PreTrainedModel):
 
 
 def _mask_of_kind(seen: Tensor, implementation: str | None, hidden: Tensor) -> Any:
-    """A mask bool [B, 1, 1 or M, M] as the attention implementation takes it; hidden [B, M, D].
+    """A mask bool or float [B, 1, 1 or Q, M] as the attention implementation takes it; hidden [B, Q, D] of the queries.
 
-    Raises ValueError where it takes none of this shape.
+    Raises ValueError where it takes none of this shape or type.
     """
-    batch, length = hidden.shape[:2]
+    batch, queries = hidden.shape[:2]
+    length = seen.shape[3]
+    if seen.is_floating_point():
+        if implementation in ("sdpa", "eager"):
+            return seen.to(hidden.dtype).expand(batch, 1, queries, length)
+        raise ValueError(
+            f"{implementation} takes no float mask, which is added to the scores: use attn_implementation='sdpa'"
+        )
     if implementation == "sdpa":
         return seen
     if implementation == "eager":
@@ -285,11 +333,11 @@ def _mask_of_kind(seen: Tensor, implementation: str | None, hidden: Tensor) -> A
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
-        rows = seen.expand(batch, 1, length, length)
+        rows = seen.expand(batch, 1, queries, length)
         return create_block_mask(
-            lambda b, h, q, k: rows[b, 0, q, k], batch, None, length, length, device=str(seen.device)
+            lambda b, h, q, k: rows[b, 0, q, k], batch, None, queries, length, device=str(seen.device)
         )
-    if seen.shape[2] == 1:  # flash attention drops padding, and knows no other mask
+    if seen.shape[2] == 1 and queries == length:  # flash attention drops padding, and knows no other mask
         return seen[:, 0, 0].expand(batch, length)
     raise ValueError(
         f"{implementation} takes padding only, got a mask {tuple(seen.shape)}: use attn_implementation='sdpa'"

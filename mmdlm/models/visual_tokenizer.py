@@ -2,13 +2,14 @@
 
 A picture [3, H, W] becomes a grid of codes [H/f, W/f] and back. f is `stem_patch` (a space-to-depth stem, its mirror a
 pixel shuffle: cheap on small pictures) times two for every level after the first (strided convolution down, pixel
-shuffle up, as in the paper). `stem_patch = 1` with five levels is the published 16x layout.
+shuffle up, as in the paper). The published tokenizers are the same model with another `layout` (`mmdlm.models.levels`).
 
 Shape letters: B pictures, d code channels (bits), h = H/f, w = W/f.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mmdlm.models.lfq import FiniteScalarQuantizer, LookupFreeQuantizer, Quantized
+from mmdlm.models.convolutional import CellBlock, CodeModulation, ResidualBlock, group_norm
+from mmdlm.models.levels import LAYOUTS, Layout, LevelDecoder, LevelEncoder
+from mmdlm.models.lfq import FiniteScalarQuantizer, LookupFreeQuantizer, Quantized, split_codes
 
 
 class Reconstruction(NamedTuple):
@@ -25,61 +28,6 @@ class Reconstruction(NamedTuple):
 
     pixels: Tensor
     quantized: Quantized
-
-
-class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip: [B, C_in, h, w] -> [B, C_out, h, w]."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class CellBlock(nn.Module):
-    """A residual block that looks at one cell at a time: LayerNorm over channels and two 1x1 convolutions.
-
-    [B, C_in, h, w] -> [B, C_out, h, w]. No cell sees another, neither by convolution nor by a norm's statistics.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, 2 * channels_out, 1)
-        self.conv2 = nn.Conv2d(2 * channels_out, channels_out, 1)
-        self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x.movedim(1, -1)).movedim(-1, 1)
-        return self.skip(x) + self.conv2(F.silu(self.conv1(h)))
-
-
-class CodeModulation(nn.Module):
-    """Normalises features and rescales them by what the codes say (the decoder's adaptive GroupNorm of MAGVIT-v2).
-
-    x [B, C, h, w], codes [B, d, h', w'] -> [B, C, h, w]; the style is the codes' mean and spread over the grid.
-    """
-
-    def __init__(self, channels: int, bits: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(_groups(channels), channels, affine=False)
-        self.scale, self.shift = nn.Linear(bits, channels), nn.Linear(bits, channels)
-        nn.init.zeros_(self.scale.weight)
-        nn.init.ones_(self.scale.bias)
-        nn.init.zeros_(self.shift.weight)
-        nn.init.zeros_(self.shift.bias)
-
-    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
-        flat = vectors.flatten(2)
-        spread = (flat.var(-1, unbiased=False) + 1e-6).sqrt()
-        return self.scale(spread)[..., None, None] * self.norm(x) + self.shift(flat.mean(-1))[..., None, None]
 
 
 class Encoder(nn.Module):
@@ -102,7 +50,7 @@ class Encoder(nn.Module):
                 levels.append(nn.Conv2d(before, before, kernel, stride=2, padding=padding))
             levels += [block_type(before if block == 0 else width, width) for block in range(blocks)]
         self.levels = nn.Sequential(*levels)
-        self.norm = nn.Identity() if by_cell else _norm(widths[-1])
+        self.norm = nn.Identity() if by_cell else group_norm(widths[-1])
         self.out = nn.Conv2d(widths[-1], bits, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -123,7 +71,7 @@ class Decoder(nn.Module):
             if level:
                 wider = nn.Conv2d(width, 4 * widths[level - 1], 3, padding=1)
                 self.ups.append(nn.Sequential(wider, nn.PixelShuffle(2)))
-        self.norm, self.out = _norm(widths[0]), nn.Conv2d(widths[0], 3 * stem_patch**2, 3, padding=1)
+        self.norm, self.out = group_norm(widths[0]), nn.Conv2d(widths[0], 3 * stem_patch**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(stem_patch)
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -143,7 +91,12 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         sample_size: side of the pictures it was trained on, in pixels (it takes any multiple of `downsample`).
         codebook_bits: d; 2^d codes (6 to 18).
         encoder_widths / decoder_widths: channels per level, finest first; both of the same length.
-        encoder_blocks / decoder_blocks: residual blocks per level.
+        encoder_blocks / decoder_blocks: residual blocks per level; one number for all, or (published layouts only) one
+            for each level, finest first.
+        layout: "patched" (ours), or a published one, "magvitv2" or "open_magvit2": see `mmdlm.models.levels`. Those
+            have no patches, no cell encoder, and modulation by the codes as their layout says.
+        stem_width: channels before the first level of a published layout; None for those of the first level.
+        code_factors: bits of the factors that a large code is written in, such as (6, 12); see `split_codes`.
         stem_patch: side of the space-to-depth patches, a power of two.
         cell_encoder: every code depends on its own f x f pixels alone, so that a thing keeps its codes wherever it
             stands and whatever is behind it. A convolutional encoder looks around, and its GroupNorm looks at the whole
@@ -162,8 +115,8 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         codebook_bits: int = 10,
         encoder_widths: tuple[int, ...] = (64, 128),
         decoder_widths: tuple[int, ...] = (64, 128),
-        encoder_blocks: int = 2,
-        decoder_blocks: int = 2,
+        encoder_blocks: int | tuple[int, ...] = 2,
+        decoder_blocks: int | tuple[int, ...] = 2,
         stem_patch: int = 2,
         cell_encoder: bool = False,
         busy_entropy: bool = False,
@@ -173,6 +126,9 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         entropy_temperature: float = 0.01,
         entropy_group_bits: int | None = None,
         bit_order: str = "big",
+        layout: str = "patched",
+        stem_width: int | None = None,
+        code_factors: tuple[int, ...] | None = None,
     ):
         super().__init__()
         if len(encoder_widths) != len(decoder_widths):
@@ -192,8 +148,23 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
                 f"quantizer is {quantizer!r} with fsq_levels {fsq_levels}, expected 'lfq', or 'fsq' with levels"
             )
         bits = self.quantize.bits
-        self.encoder = Encoder(list(encoder_widths), encoder_blocks, stem_patch, bits, cell_encoder)
-        self.decoder = Decoder(list(decoder_widths), decoder_blocks, stem_patch, bits, code_modulation)
+        if code_factors is not None and sum(code_factors) != bits:
+            raise ValueError(f"code_factors {tuple(code_factors)} have {sum(code_factors)} bits, expected {bits}")
+        self.encoder: Encoder | LevelEncoder
+        self.decoder: Decoder | LevelDecoder
+        if layout == "patched":
+            if not (isinstance(encoder_blocks, int) and isinstance(decoder_blocks, int) and stem_width is None):
+                raise ValueError(
+                    f"encoder_blocks is {encoder_blocks}, decoder_blocks {decoder_blocks}, stem_width {stem_width}, "
+                    "expected one number of blocks for all levels and no stem_width for the patched layout"
+                )
+            self.encoder = Encoder(list(encoder_widths), encoder_blocks, stem_patch, bits, cell_encoder)
+            self.decoder = Decoder(list(decoder_widths), decoder_blocks, stem_patch, bits, code_modulation)
+        else:
+            shape, levels = _published_layout(layout, stem_patch, cell_encoder, code_modulation), len(encoder_widths)
+            first = stem_width or encoder_widths[0]
+            self.encoder = LevelEncoder(encoder_widths, _per_level(encoder_blocks, levels), first, bits, shape)
+            self.decoder = LevelDecoder(decoder_widths, _per_level(decoder_blocks, levels), bits, shape)
 
     @property
     def downsample(self) -> int:
@@ -216,17 +187,30 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         return self.quantize(self._encode(pixels)).codes
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes int64 [B, h, w] -> pixels [B, 3, h*f, w*f] clamped to [-1, 1]; ValueError for a code out of range."""
-        return self.decoder(self.quantize.vectors(codes).to(self.dtype)).clamp(-1, 1)
+    def decode(self, codes: Tensor, *, clamp: bool = True) -> Tensor:
+        """codes int64 [B, h, w] -> pixels [B, 3, h*f, w*f] clamped to [-1, 1]; ValueError for a code out of range.
+
+        clamp=False leaves what the last convolution gives, as the published decoders do.
+        """
+        pixels = self.decoder(self.quantize.vectors(codes).to(self.dtype))
+        return pixels.clamp(-1, 1) if clamp else pixels
+
+    def factors(self, codes: Tensor) -> tuple[Tensor, ...]:
+        """codes int64 [...] -> one int64 [...] per factor of `code_factors`; ValueError where there are none."""
+        if self.config["code_factors"] is None:
+            raise ValueError("this tokenizer has no code_factors: give them in its config, such as (6, 12) for 18 bits")
+        return split_codes(codes, self.config["code_factors"], self.config["bit_order"])
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        if height % self.downsample or width % self.downsample:
-            raise ValueError(
-                f"picture is {width} x {height} pixels, expected multiples of {self.downsample}: resize or pad it first"
-            )
+        check_size(pixels, self.downsample)
         return self.encoder(pixels)
+
+
+def check_size(pixels: Tensor, side: int) -> None:
+    """ValueError when pixels [B, 3, H, W] are not whole cells of side x side."""
+    height, width = pixels.shape[-2:]
+    if height % side or width % side:
+        raise ValueError(f"picture is {width} x {height} pixels, expected multiples of {side}: resize or pad it first")
 
 
 def busy_cells(pixels: Tensor, side: int, least: float = 0.02) -> Tensor:
@@ -239,12 +223,21 @@ def busy_cells(pixels: Tensor, side: int, least: float = 0.02) -> Tensor:
     return busy if bool(busy.any()) else torch.ones_like(busy)
 
 
-def _groups(channels: int) -> int:
-    """The most groups up to 32 that divide the channels and hold at least 4 of them each (or all there are)."""
-    return next(
-        n for n in (32, 24, 16, 12, 8, 6, 4, 3, 2, 1) if channels % n == 0 and channels // n >= min(4, channels)
-    )
+def _published_layout(name: str, stem_patch: int, cell_encoder: bool, code_modulation: bool) -> Layout:
+    """The layout called `name`; ValueError for an unknown one, and for settings that it has otherwise."""
+    if name not in LAYOUTS:
+        raise ValueError(f"layout is {name!r}, expected 'patched', {', '.join(map(repr, LAYOUTS))}")
+    expected = LAYOUTS[name].code_modulation
+    if (stem_patch, cell_encoder, code_modulation) != (1, False, expected):
+        raise ValueError(
+            f"stem_patch is {stem_patch}, cell_encoder {cell_encoder} and code_modulation {code_modulation}, "
+            f"expected 1, False and {expected} for the layout {name}"
+        )
+    return LAYOUTS[name]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_groups(channels), channels, eps=1e-6)
+def _per_level(blocks: int | Sequence[int], levels: int) -> list[int]:
+    counts = [blocks] * levels if isinstance(blocks, int) else list(blocks)
+    if len(counts) != levels:
+        raise ValueError(f"blocks are given for {len(counts)} levels, expected {levels} as there are widths")
+    return counts

@@ -24,13 +24,23 @@ from mmdlm.schedules import Schedule, schedule_by_name
 # ---------------------------------------------------------------- a planned number of tokens per pass
 
 
-def maskgit(*, schedule: str | Schedule = "maskgit", choice_temperature: float = 0.0, decay: str = "linear") -> Policy:
+def maskgit(
+    *,
+    schedule: str | Schedule = "maskgit",
+    choice_temperature: float = 0.0,
+    decay: str = "linear",
+    keep: Callable[[View], Tensor] | None = None,
+    noise: Callable[[View], Tensor] | None = None,
+) -> Policy:
     """Keep floor(n_start * (1 - alpha(s))) places masked, at least one and fewer than now; write the surest others.
 
     MaskGIT, arXiv:2202.04200, 3.2. The ranking is log(confidence) + temperature * Gumbel noise, the temperature being
     `choice_temperature` times, with r = 1 - s the share of the steps made: "linear" 1 - r (MaskGIT), "product" the
     product of 1 - r over the passes so far (as MMaDA's code, arXiv:2505.15809), "constant" 1 (Lumina-DiMOO,
     arXiv:2510.06308). MaskGIT's code leaves one mask in the canvas after the last round; here none remains.
+
+    A published program's own count of masks and order of random numbers: `keep` instead of the number above, long [B],
+    and `noise` instead of the rows' own Gumbel noise, [B, W]; see `mmdlm.sampling.published`.
     """
     alpha = _schedule(schedule).alpha
     _check("choice_temperature", choice_temperature, choice_temperature >= 0, "0 or more")
@@ -39,12 +49,12 @@ def maskgit(*, schedule: str | Schedule = "maskgit", choice_temperature: float =
     def policy(view: View) -> Decision:
         left, (_, s) = view.masked.sum(dim=1), _times(view)
         # 1e-9: the equation's whole numbers (16 * cos(pi / 3)) must not be lost to the last bit of the cosine
-        keep = torch.floor(view.n_start * (1 - alpha(s)) + 1e-9).long().clamp(min=1).minimum(left - 1)
+        planned = torch.floor(view.n_start * (1 - alpha(s)) + 1e-9).long().clamp(min=1).minimum(left - 1)
         score = view.confidence.log()
-        if choice_temperature > 0:
-            scale = choice_temperature * _decay(decay, view)
-            score = score + scale.unsqueeze(1) * gumbel(view.generator, view.editable)
-        return Decision(_best(score, view.masked, left - keep))
+        if noise is not None or choice_temperature > 0:
+            luck = gumbel(view.generator, view.editable) if noise is None else noise(view)
+            score = score + (choice_temperature * choice_decay(decay, view)).unsqueeze(1) * luck
+        return Decision(_best(score, view.masked, left - (planned if keep is None else keep(view))))
 
     return policy
 
@@ -138,21 +148,44 @@ def ancestral(*, schedule: str | Schedule = "linear") -> Policy:
     return policy
 
 
-def remdm(*, schedule: str | Schedule = "linear", eta: float = 0.1, rule: str = "cap") -> Policy:
+def remdm(
+    *,
+    schedule: str | Schedule = "linear",
+    eta: float = 0.1,
+    rule: str = "cap",
+    t_on: float = 0.55,
+    t_off: float = 0.05,
+    alpha_on: float = 0.9,
+) -> Policy:
     """Ancestral sampling that masks written places again with probability sigma. Needs denoise(..., revise=True).
 
-    ReMDM, arXiv:2503.00307, 3.1 and 4.1: sigma_max = min(1, (1 - alpha_s) / alpha_t); "cap" sigma =
+    ReMDM, arXiv:2503.00307, 3.1 and 4: sigma_max = min(1, (1 - alpha_s) / alpha_t); "cap" sigma =
     min(eta, sigma_max), "rescale" sigma = eta * sigma_max; a masked place is written with probability
     (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). `eta` in [0, 1]; 0 is `ancestral`.
+
+    "loop": no remasking while t > t_on, where alpha rises from 0 to `alpha_on`; then alpha stays there and places are
+    masked again with sigma = min(eta, sigma_max) until t <= t_off; then alpha rises to 1 without remasking. Only this
+    rule uses `t_on` > `t_off`, both in (0, 1), and `alpha_on` in (0, 1).
     """
-    alpha = _schedule(schedule).alpha
+    given = _schedule(schedule).alpha
     _check("eta", eta, 0 <= eta <= 1, "a probability in [0, 1]")
-    _check("rule", rule, rule in ("cap", "rescale"), "cap or rescale")
+    _check("rule", rule, rule in ("cap", "rescale", "loop"), "cap, rescale or loop")
+    _check("t_off", t_off, 0 < t_off < t_on, f"a time in (0, t_on = {t_on!r})")
+    _check("t_on", t_on, t_on < 1, "a time in (t_off, 1)")
+    _check("alpha_on", alpha_on, 0 < alpha_on < 1, "a share in (0, 1)")
+
+    def alpha(t: Tensor) -> Tensor:
+        if rule != "loop":
+            return given(t)
+        before, after = ((t - t_on) / (1 - t_on)).clamp(min=0), (t / t_off).clamp(max=1)
+        return torch.where(t > t_off, alpha_on * given(before), alpha_on + (1 - alpha_on) * given(after))
 
     def policy(view: View) -> Decision:
         t, s = _times(view)
         most = ((1 - alpha(s)) / alpha(t)).clamp(max=1)  # alpha(1) = 0: infinity, clamped
-        sigma = most.clamp(max=eta) if rule == "cap" else eta * most
+        sigma = eta * most if rule == "rescale" else most.clamp(max=eta)
+        if rule == "loop":
+            sigma = sigma * ((t <= t_on + 1e-9) & (t > t_off + 1e-9))  # 1 - 19 / 20 is not 0.05 to the last bit
         odds = (alpha(s) - (1 - sigma) * alpha(t)) / (1 - alpha(t))
         luck = uniform(view.generator, view.editable)
         written = view.editable & ~view.masked
@@ -161,12 +194,61 @@ def remdm(*, schedule: str | Schedule = "linear", eta: float = 0.1, rule: str = 
     return policy
 
 
+# ---------------------------------------------------------------- what is written may change
+
+
+def with_edits(policy: Policy | Mapping[str, Any], *, tau: float = 0.9) -> Policy:
+    """`policy`, and every written place whose draw differs from what stands there and is at least `tau` sure is
+    rewritten. Needs denoise(..., revise=True); a block ends when nothing is masked and nothing was rewritten.
+
+    LLaDA2.1's token-to-token edits, arXiv:2602.08676 (there the draw is greedy and `policy` is threshold, with a
+    `tau` of its own); Seed Diffusion's edit stage trains for it, arXiv:2508.02193. `policy` may be a mapping, as in
+    `policy_from_config`. A model that was trained on masks alone has never learned what to say where a token stands:
+    wrap its predictor in `mmdlm.sampling.shadows.shadowed`, or do not edit.
+    """
+    inner = policy_from_config(policy) if isinstance(policy, Mapping) else policy
+    _check("tau", tau, 0 < tau <= 1, "a confidence in (0, 1]")
+
+    def policy_with_edits(view: View) -> Decision:
+        decision = inner(view)
+        edit = view.editable & ~view.masked & (view.x0 != view.x) & (view.confidence >= tau)
+        return decision._replace(write=decision.write | edit, settled=~edit.any(dim=1))
+
+    return policy_with_edits
+
+
+def revoke(*, draft: float = 0.6, verify: float = 0.9) -> Policy:
+    """Write every place at least `draft` sure, and always the surest; mask again what is written and now less likely
+    than `verify`, the least likely first and always fewer than are written. Needs denoise(..., revise=True).
+
+    WINO, arXiv:2507.18578, 3.2: wide in, narrow out. How likely a written token is has to be asked without showing it
+    to the model: wrap the predictor in `mmdlm.sampling.shadows.shadowed`. Every pass leaves at least one mask fewer, so
+    `steps=None` is always enough; a block ends when nothing in it is masked.
+    """
+    _check("draft", draft, 0 < draft <= 1, "a confidence in (0, 1]")
+    _check("verify", verify, 0 < verify <= 1, "a confidence in (0, 1]")
+
+    def policy(view: View) -> Decision:
+        write = view.masked & (view.confidence >= draft) | _best(view.confidence, view.masked, 1)
+        written = view.editable & ~view.masked
+        column = (view.x - view.first_id).clamp(0, view.logits.shape[-1] - 1).unsqueeze(-1)  # any, where it is masked
+        likely = view.logits.log_softmax(dim=-1).gather(-1, column).squeeze(-1).exp()
+        doubted = written & (likely < verify)
+        most = (write.sum(dim=1) - 1).clamp(min=0).minimum(doubted.sum(dim=1))
+        return Decision(write, _best(-likely, doubted, most), settled=torch.ones_like(most, dtype=torch.bool))
+
+    return policy
+
+
 # ---------------------------------------------------------------- from a preset or a YAML
+
+# Rules that look at written places too, and rules that find the number of passes themselves.
+REVISING, ADAPTIVE = ("remdm", "with_edits", "revoke"), ("threshold", "factor", "entropy_bound", "revoke")
 
 
 def policy_from_config(config: Mapping[str, Any]) -> Policy:
     """The policy of {"name": ..., **settings}; InputError names the nearest where a name or a setting is unknown."""
-    rules = (maskgit, top_k, threshold, factor, entropy_bound, ancestral, remdm)
+    rules = (maskgit, top_k, threshold, factor, entropy_bound, ancestral, remdm, with_edits, revoke)
     return _call("policy", {rule.__name__: rule for rule in rules}, config)
 
 
@@ -184,7 +266,10 @@ def _call(kind: str, functions: Mapping[str, Callable[..., Any]], config: Mappin
     for key in settings:
         if key not in known:
             raise InputError(_unknown(f"setting of the {kind} {name}", key, known))
-    return functions[name](**settings)
+    try:
+        return functions[name](**settings)
+    except TypeError as error:  # a value of the wrong kind, or one that has no default and is not given
+        raise InputError(f"the {kind} {name} cannot be made of {settings} ({error}): change its settings") from error
 
 
 def _unknown(what: str, got: object, known: list[str]) -> str:
@@ -217,7 +302,8 @@ def _times(view: View) -> tuple[Tensor, Tensor]:
     return 1 - view.step / steps, 1 - (view.step + 1) / steps
 
 
-def _decay(decay: str, view: View) -> Tensor:
+def choice_decay(decay: str, view: View) -> Tensor:
+    """The share of `maskgit`'s choice temperature that is left in this pass: float64 [B] in [0, 1]."""
     _, s = _times(view)
     if decay != "product":
         return s if decay == "linear" else torch.ones_like(s)

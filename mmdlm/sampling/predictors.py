@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdlm.sampling.denoise import Predictor
@@ -84,8 +85,15 @@ def other_canvas(unconditional: Tensor, places_conditional: Tensor, places_uncon
 
 
 def masked_prompt(prompt: Tensor, mask_id: int) -> Other:
-    """The unconditional canvas of LLaDA and of MMaDA's text, arXiv:2410.18514: `prompt` [B, L] bool all masked."""
-    return lambda ids, where: (ids.masked_fill(prompt, mask_id), where)
+    """The unconditional canvas of LLaDA and of MMaDA's text, arXiv:2410.18514: `prompt` [B, L] bool all masked.
+
+    Places that a growing canvas gained behind the L (`mmdlm.sampling.lengths`) are no prompt.
+    """
+
+    def other(ids: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        return ids.masked_fill(F.pad(prompt, (0, ids.shape[1] - prompt.shape[1])), mask_id), where
+
+    return other
 
 
 def guided(conditional: Predictor, unconditional: Predictor, scale: float | Tensor, *, other: Other) -> Predictor:
@@ -95,7 +103,28 @@ def guided(conditional: Predictor, unconditional: Predictor, scale: float | Tens
     """
 
     def predict(ids: Tensor, where: Tensor) -> Tensor:
-        return _guide(conditional(ids, where), unconditional(*other(ids, where)), scale)
+        return guide(conditional(ids, where), unconditional(*other(ids, where)), scale)
+
+    return predict
+
+
+def guided_by_each(
+    conditional: Predictor, unconditional: Sequence[tuple[Predictor, float | Tensor, Other]]
+) -> Predictor:
+    """Guidance away from several canvases: conditional + sum of (scale - 1) * (conditional - unconditional) over them.
+
+    With one it is `guided`. InstructPix2Pix' two scales are another rule; this is Lumina-DiMOO's for a picture made
+    from a picture (arXiv:2510.06308): one canvas without the text and one without the picture. Each `scale` as there.
+    """
+
+    def predict(ids: Tensor, where: Tensor) -> Tensor:
+        with_all = conditional(ids, where)
+        with_all = with_all if with_all.dtype == torch.float64 else with_all.float()
+        total = with_all
+        for branch, scale, other in unconditional:
+            weight = scale.view(-1, 1, 1) - 1 if isinstance(scale, Tensor) else scale - 1
+            total = total + weight * (with_all - branch(*other(ids, where)).to(with_all))
+        return total.masked_fill(with_all == -torch.inf, -torch.inf)
 
     return predict
 
@@ -120,12 +149,13 @@ def guided_together(
         ids_other, where_other = other(ids, where)
         inputs = _stack(ids, conditional, ids_other, unconditional)
         both = full(model, **inputs, columns=columns)(_join(ids, ids_other, 0), torch.cat([where, where_other]))
-        return _guide(both[: len(ids)], both[len(ids) :], scale)
+        return guide(both[: len(ids)], both[len(ids) :], scale)
 
     return predict
 
 
-def _guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """unconditional + scale * (conditional - unconditional), of logits of one shape; float32 or better."""
     if conditional.dtype != torch.float64:  # a difference of close numbers, multiplied: not in half precision
         conditional, unconditional = conditional.float(), unconditional.float()
     if isinstance(scale, Tensor):

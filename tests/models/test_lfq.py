@@ -17,6 +17,8 @@ from mmdlm.models.lfq import (
     codes_to_bits,
     entropies,
     entropies_dense,
+    join_codes,
+    split_codes,
 )
 
 
@@ -194,3 +196,19 @@ def test_finite_scalar_quantisation_is_an_alternative():
     vectors_of_all = quantizer.vectors(every)
     assert float(vectors_of_all.abs().max()) <= 1
     assert torch.equal(quantizer.fsq.codes_to_indices(vectors_of_all.movedim(1, -1)).long(), every)
+
+
+def test_factors_of_a_large_code():
+    # 0b10_110 with the first channel last ("little") or first ("big")
+    little = split_codes(torch.tensor([0b10110]), (3, 2), "little")
+    assert [int(part) for part in little] == [0b110, 0b10]
+    big = split_codes(torch.tensor([0b10110]), (3, 2), "big")
+    assert [int(part) for part in big] == [0b101, 0b10]
+    codes = torch.arange(2**9).view(2, -1)
+    for order in ("big", "little"):
+        for factors in ((9,), (2, 7), (3, 1, 5)):
+            parts = split_codes(codes, factors, order)
+            assert [int(part.max()) for part in parts] == [2**bits - 1 for bits in factors]
+            assert torch.equal(join_codes(parts, factors, order), codes)
+    with pytest.raises(ValueError, match=r"span \[0, 4\], expected \[0, 3\] for 2 bits"):
+        join_codes([torch.tensor([0, 4])], (2,))

@@ -286,3 +286,31 @@ def test_the_default_has_about_twenty_million_parameters():
         model = MaskPredictor(MaskPredictorConfig(vocabulary=vocabulary, code_bits=10, image_side=16))
     assert 18e6 < sum(parameter.numel() for parameter in model.parameters()) < 24e6
     assert model.config.trunk == DEFAULT_TRUNK and model.trunk.config.is_causal is False
+
+
+@torch.no_grad()
+def test_a_float_mask_is_added_to_the_scores_as_it_is():
+    model, ids = tiny(), torch.arange(9, 20)[None]
+    seen = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
+    shut = torch.zeros(1, 1, 11, 11).masked_fill(~seen, torch.finfo(torch.float32).min)
+    assert torch.equal(logits(model, ids, attention_mask=shut), logits(model, ids, attention_mask=seen))
+    # One added everywhere to a query's scores changes nothing; added to one key it does.
+    plain = logits(model, ids)
+    assert torch.allclose(logits(model, ids, attention_mask=torch.ones(1, 1, 1, 11)), plain, atol=1e-4)
+    assert not torch.allclose(logits(model, ids, attention_mask=torch.eye(11)[None, None]), plain, atol=1e-2)
+    folded = tiny(**FOLDED)
+    grid = grid_of(3, (2, 2), 4)[None]
+    with pytest.raises(ValueError, match="float mask"):
+        folded(ids_for(grid), grid=grid, attention_mask=torch.zeros(1, 1, 1, 11))
+
+
+@torch.no_grad()
+def test_a_padded_table_gives_logits_for_every_row():
+    padded = VOCABULARY.to_dict() | {"rows": VOCABULARY.size + 3}
+    for settings in ({}, {"code_bits": 4}):
+        model, ids = tiny(vocabulary=padded, **settings), torch.arange(9, 20)[None]
+        everything = logits(model, ids)
+        assert everything.shape == (1, 11, VOCABULARY.size + 3)
+        first, stop = VOCABULARY.image_columns
+        assert torch.allclose(logits(model, ids, columns=(first, stop)), everything[..., first:stop], atol=1e-4)
+        assert torch.allclose(logits(model, ids, columns=(0, first)), everything[..., :first], atol=1e-4)

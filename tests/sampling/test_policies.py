@@ -120,6 +120,23 @@ def test_remdm_has_the_exact_distribution(rule, eta):
     assert chi_square(counts, exact_chain(4, schedule_by_name("linear").alpha, lambda *_: 0.0)) > BOUND
 
 
+def test_remdms_loop_has_the_exact_distribution():
+    """Linear, t_on 0.8, t_off 0.2, alpha_on 0.7, by hand: a line up to 0.7, level with remasking, a line up to 1."""
+    steps = 5
+
+    def alpha(t):
+        t = float(t)
+        up = 0.7 * (1 - t) / 0.2 if t > 0.8 else 0.7 if t > 0.2 else 0.7 + 0.3 * (1 - t / 0.2)
+        return torch.tensor(up, dtype=torch.float64)
+
+    sigmas = [0.0, 0.3, 0.3, 0.3]  # at t = 1, 0.8, 0.6, 0.4; at 0.2 all that is masked is written
+    exact = exact_chain(steps, alpha, lambda *_: sigmas.pop(0))
+    policy = policies.remdm(rule="loop", eta=0.3, t_on=0.8, t_off=0.2, alpha_on=0.7)
+    counts = drawn_counts(policy, steps, revise=True)
+    assert chi_square(counts, exact) < BOUND
+    assert chi_square(counts, exact_chain(steps, alpha, lambda *_: 0.0)) > BOUND
+
+
 def test_remdm_with_eta_zero_is_ancestral():
     remasked = drawn_counts(policies.remdm(eta=0.0), 4, rows=500)
     assert torch.equal(remasked, drawn_counts(policies.ancestral(), 4, rows=500))
@@ -272,6 +289,13 @@ def test_policy_and_draw_from_config():
         (lambda: policies.policy_from_config({"tau": 0.5}), "policy name: None"),
         (lambda: policies.policy_from_config({"name": "threshold", "tao": 0.5}), "did you mean tau"),
         (lambda: policies.policy_from_config({"name": "threshold", "tau": 1.5}), "tau is 1.5"),
+        (lambda: policies.policy_from_config({"name": "threshold", "tau": "high"}), "cannot be made of"),
+        (lambda: policies.policy_from_config({"name": "with_edits"}), "with_edits cannot be made of"),
+        (lambda: policies.policy_from_config({"name": "with_edits", "policy": {"name": "top"}}), "did you mean top_k"),
+        (lambda: policies.with_edits({"name": "top_k"}, tau=0), "tau is 0"),
+        (lambda: policies.policy_from_config({"name": "revoke", "draft": 2.0}), "draft is 2.0"),
+        (lambda: policies.policy_from_config({"name": "remdm", "rule": "loop", "t_on": 0.01}), "t_off is 0.05"),
+        (lambda: policies.policy_from_config({"name": "remdm", "rule": "loop", "alpha_on": 1.0}), "alpha_on is 1.0"),
         (lambda: policies.policy_from_config({"name": "maskgit", "decay": "fast"}), "decay is 'fast'"),
         (lambda: policies.policy_from_config({"name": "maskgit", "schedule": "cosin"}), "cosine"),
         (lambda: policies.policy_from_config({"name": "top_k", "confidence": "margn"}), "did you mean margin"),

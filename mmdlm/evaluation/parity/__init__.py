@@ -8,7 +8,9 @@ A case is a directory: `case.json` (its kind under `case`, its arguments under `
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdlm.errors import InputError
 
@@ -74,9 +76,18 @@ class Case:
         """The arguments of each run; {} for a kind without runs."""
         return dict(self.spec.get("runs") or {})
 
+    @cached_property
+    def named_ids(self) -> dict[str, int]:
+        """The ids that `vocab` names ("bos=211 eos=212"), and as `text_size` the length of its text tokenizer."""
+        text = str(self.spec.get("vocab", ""))
+        ids = {name: int(value) for name, value in re.findall(r"([^\s=(),;]+)=(\d+)", text)}
+        size = re.search(r"len\(text tokenizer\)=(\d+)", text)
+        return ids | ({"text_size": int(size[1])} if size else {})
+
     def run(self, name: str) -> dict[str, Tensor]:
         """The tensors of one run, without their prefix."""
-        return {key.removeprefix(f"{name}."): value for key, value in self.tensors.items() if key.startswith(f"{name}.")}
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
 
 
 def read_case(directory: str | Path) -> Case:
@@ -122,3 +133,29 @@ def close(name: str, got: Tensor, expected: Tensor, *, atol: float = 0.0, rtol: 
     error = (got.double() - expected.double()).abs()
     fine = bool((error <= atol + rtol * expected.double().abs()).all())
     return Check(name, f"max error {float(error.max()) if error.numel() else 0.0:.1e}", fine, note)
+
+
+@contextmanager
+def handed_to(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that every forward of `model` appends its ids to, in order, as long as the context lasts."""
+    handed: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        handed.append((arguments[0] if arguments else keywords["input_ids"]).clone())
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield handed
+    finally:
+        handle.remove()
+
+
+def same_passes(name: str, got: Sequence[Tensor], expected: Sequence[Tensor] | Tensor, *, note: str = "") -> Check:
+    """Whether each pass was handed the recorded ids; says at which one (from 1) the first difference is."""
+    wanted = list(expected)
+    for number, (one, other) in enumerate(zip(got, wanted, strict=False), start=1):
+        if one.shape != other.shape or not torch.equal(one, other):
+            return Check(name, f"pass {number} of {len(wanted)} differs", False, note)
+    if len(got) != len(wanted):
+        return Check(name, f"{len(got)} passes, not {len(wanted)}", False, note)
+    return Check(name, f"{len(wanted)} passes equal", True, note)

@@ -1,0 +1,62 @@
+"""The options that several commands share, and the pipeline they ask for."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmdlm.errors import InputError
+
+ModelOption = Annotated[Path | None, typer.Option("--model", help="Model directory; the shipped model if not given.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; the fastest at hand if not given.")
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's preset if not given.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+
+
+def load_pipeline(name: str, model: Path | None, device: str | None, quiet: bool) -> Any:
+    """The pipeline `name` of a model directory, on its device. The model is looked at before anything slow happens."""
+    from mmdlm.assets import shipped_model
+    from mmdlm.model_directory import check_model_directory
+
+    directory = model if model is not None else shipped_model()
+    check_model_directory(directory)
+    # Collecting garbage while hundreds of modules are imported finds none and costs a fifth of the start.
+    gc.disable()
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from mmdlm import pipelines
+
+    gc.enable()
+    chosen = usable_device(device)
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    pipe = getattr(pipelines, name).from_pretrained(directory).to(torch.device(chosen))
+    # None: tqdm is silent when stderr is no terminal.
+    pipe.set_progress_bar_config(disable=True if quiet else None, leave=False)
+    return pipe
+
+
+def usable_device(device: str | None) -> str:
+    """The device asked for, or the fastest at hand; InputError where it cannot be used."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        if torch.device(device).type == "meta":
+            raise InputError("Nothing can be computed on the device meta: use cpu, cuda or mps.")
+        torch.zeros(1, device=device)
+    except InputError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:160].rstrip(".")
+        raise InputError(f"The device {device!r} cannot be used ({reason}): try --device cpu.") from error
+    return device

@@ -1,0 +1,86 @@
+"""`mmdlm caption` and `mmdlm ask`: words from pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.watching import PolicyOption, parsed_policy
+
+ROWS_AT_ONCE = 8  # pictures described together: more would only cost memory on a laptop
+
+
+def caption(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures to describe.")],
+    steps: StepsOption = None,
+    policy: PolicyOption = None,
+    best_of: Annotated[
+        int, typer.Option("--best-of", min=1, help="Find so many; keep the one the picture makes likeliest.")
+    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the candidates of --best-of.")] = 0,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Describe pictures: one line for each."""
+    from mmdlm.processing import load_image
+
+    pictures, rule = [load_image(image) for image in images], parsed_policy(policy)
+    pipe = load_pipeline("ImageToText", model, device, quiet)
+    for start in range(0, len(pictures), ROWS_AT_ONCE):
+        part = pictures[start : start + ROWS_AT_ONCE]
+        found = pipe(part, num_inference_steps=steps, policy=rule)
+        texts = found.texts
+        if best_of > 1:
+            texts = [_best_text(pipe, picture, ids, best_of, seed, steps, rule)
+                     for picture, ids in zip(part, found.ids, strict=True)]
+        for image, text in zip(images[start:], texts, strict=False):
+            typer.echo(_one_line(text) if len(images) == 1 else f"{image}\t{_one_line(text)}")
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question, quoted.")],
+    steps: StepsOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Answer a question about a picture."""
+    from mmdlm.processing import load_image
+
+    picture = load_image(image)
+    pipe = load_pipeline("ImageToText", model, device, quiet)
+    typer.echo(_one_line(pipe(picture, question, num_inference_steps=steps).texts[0]))
+
+
+def _best_text(
+    pipe: Any, picture: Any, greedy: Any, best_of: int, seed: int, steps: int | None, policy: dict[str, Any] | None
+) -> str:
+    """The likeliest of the picture, by the bound, of the greedy caption (its ids [W]) and best_of - 1 drawn ones."""
+    import torch
+
+    from mmdlm.cli.score import SAMPLES, words_given_picture
+
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(best_of - 1)]
+    drawn = pipe([picture] * len(generators), num_inference_steps=steps, policy=policy, generator=generators,
+                 draw={"name": "categorical"})
+    eos, room = pipe.processor.vocabulary.eos_id, len(greedy)
+    whole = [[*row, eos] for row in [greedy.tolist(), *drawn.ids.tolist()]]
+    said = [list(row) for row in dict.fromkeys(tuple(row[: row.index(eos)]) for row in whole)]
+    # one that does not end within its room has no bound beside the others
+    said = [row for row in said if 0 < len(row) < room]
+    if not said:
+        return str(pipe.processor.text(greedy))
+    pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
+    codes = pipe.visual_tokenizer.encode(pixels).cpu().expand(len(said), -1, -1)
+    best = int(words_given_picture(pipe, said, codes, samples=SAMPLES, seed=0).nats.argmin())
+    return str(pipe.processor.text(said[best]))
+
+
+def _one_line(text: str) -> str:
+    """A model of bytes can write any byte: line ends become spaces, and nothing steers the terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))

@@ -1,0 +1,103 @@
+"""Multiple choice, twice: by the likelihood bound of every choice, and by what the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mmdlm.errors import InputError
+from mmdlm.evaluation.likelihood import choose
+from mmdlm.evaluation.result_files import answers_for, field, read_jsonl, unique
+from mmdlm.evaluation.vqa import Scores, mean_percent, normalise
+
+
+class Choices(NamedTuple):
+    """A question about a picture, with its choices."""
+
+    id: Any
+    picture: str
+    text: str
+    choices: tuple[str, ...]
+    answer: int  # which of them is right, from 0 on
+
+
+def read_choices(path: Path) -> list[Choices]:
+    """Lines {"id", "image", "question", "choices": [...], "answer": place from 0 on, or the choice itself}.
+
+    Raises InputError for fewer than two choices, choices that come twice, and an answer that is none of them.
+    """
+    found = []
+    for row in read_jsonl(path):
+        key, offered = field(row, "id", path), tuple(str(one) for one in field(row, "choices", path))
+        if len(offered) < 2 or len(set(offered)) < len(offered):
+            raise InputError(f"{path}: question {key!r} has the choices {offered}, expected two or more, different.")
+        answer = field(row, "answer", path)
+        place = offered.index(answer) if isinstance(answer, str) and answer in offered else answer
+        if not isinstance(place, int) or not 0 <= place < len(offered):
+            raise InputError(f"{path}: the answer to {key!r} is {answer!r}, expected one of its choices.")
+        found.append(Choices(key, str(field(row, "image", path)), str(field(row, "question", path)), offered, place))
+    if not found:
+        raise InputError(f"{path} has no questions, expected at least one line.")
+    unique(((one.id, None) for one in found), path)
+    return found
+
+
+def score_choices(
+    pipe: Any,
+    asked: Sequence[Choices],
+    pictures: Sequence[Path],
+    written: Mapping[Any, str],
+    *,
+    samples: int,
+    seed: int,
+    batch_size: int,
+    progress: bool = False,
+) -> Scores:
+    """Percent right by likelihood (`score`) and by generation: what was written is, normalised, the right choice.
+
+    What is written and is no choice at all is wrong, and counted as `no_choice`. pipe: an ImageToText.
+    """
+    from tqdm import tqdm
+
+    vocabulary, rows = pipe.processor.vocabulary, []
+    said = answers_for([one.id for one in asked], written, "the run")
+    for one, picture, answer in zip(tqdm(asked, disable=not progress, leave=False), pictures, said, strict=True):
+        with torch.no_grad():
+            pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
+            codes = pipe.visual_tokenizer.encode(pixels)[0]
+        ids = [pipe.processor.text_ids(choice) for choice in one.choices]
+        found = choose(
+            pipe.model,
+            codes,
+            pipe.processor.text_ids(one.text),
+            ids,
+            vocabulary=vocabulary,
+            answer_length=max(pipe.presets["ask"]["answer_length"], *(len(choice) + 1 for choice in ids)),
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        normal = [normalise(choice) for choice in one.choices]
+        picked = normal.index(normalise(answer)) if normalise(answer) in normal else None
+        rows.append(
+            {
+                "id": one.id,
+                "answer": answer,
+                "likeliest": int(found.nats.argmin()),
+                "score": float(int(found.nats.argmin()) == one.answer),
+                "generation_score": float(picked == one.answer),
+                "written_is_choice": picked is not None,
+                "nats": found.nats.tolist(),
+            }
+        )
+    summary = {
+        "by_likelihood": mean_percent(row["score"] for row in rows),
+        "by_generation": mean_percent(row["generation_score"] for row in rows),
+        "chance": mean_percent(1 / len(one.choices) for one in asked),
+        "no_choice": sum(not row["written_is_choice"] for row in rows),
+        "questions": len(rows),
+    }
+    return Scores(summary, rows)

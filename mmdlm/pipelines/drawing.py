@@ -1,0 +1,120 @@
+"""Pictures from words: MaskGIT's parallel decoding (arXiv:2202.04200) with classifier-free guidance.
+
+Shape letters: B rows, L positions, h x w the grid of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from mmdlm import sequence
+from mmdlm.errors import InputError
+from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback, editable_places
+from mmdlm.sampling.denoise import Predictor
+from mmdlm.sampling.predictors import full, guided, other_canvas
+from mmdlm.sampling.replay import Recording
+from mmdlm.sequence import Canvas
+
+
+@dataclass
+class PicturesOutput(BaseOutput):
+    """`images`: B Pillow pictures, or [B, 3, H, W] in [-1, 1] for output_type="pt". `codes`: int64 [B, h, w].
+
+    `confidence`: float [B, h, w], the probability at which each code was drawn, guidance included.
+    """
+
+    images: list[Image.Image] | Tensor
+    codes: Tensor
+    confidence: Tensor
+
+
+class TextToImage(MMDLMPipeline):
+    """A prompt -> a picture."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        policy: Mapping[str, Any] | None = None,
+        generator: Generators | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        output_type: str = "pil",
+        replay: Recording | None = None,
+    ) -> PicturesOutput:
+        """Draw `num_images_per_prompt` pictures of every prompt, in the prompts' order.
+
+        What is None comes from the model's preset "draw". guidance_scale: logits = without the prompt +
+        scale * (with - without); 1 is no guidance. `policy`: {"name": ..., **settings}, see `policy_from_config`.
+        `generator`: one for all pictures, or one for each; a picture with
+        a generator of its own does not depend on the others. `callback_on_step_end(pipe, step, share still undecided,
+        {"codes": best guess [B, h, w], "undecided": bool [B, h, w]})` runs after every step; what it returns is not
+        used. output_type: "pil" or "pt". `replay`: records every step, or plays the steps it holds.
+
+        Raises InputError for an empty prompt, one longer than the model's positions, and settings out of range.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        settings = self._settings("draw", num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                                  policy=policy)
+        if output_type not in ("pil", "pt"):
+            raise InputError(f"output_type is {output_type!r}, expected 'pil' or 'pt'.")
+        canvas, predict = self.prepare(prompts, num_images_per_prompt, settings["guidance_scale"])
+        shape = (len(canvas.ids), *self.grid)
+        first_id = self.processor.vocabulary.image_start
+        mask_id = self.processor.vocabulary.mask_id
+        states = self._run(canvas, predict, settings, first_id=first_id, generator=generator, replay=replay)
+        for step, state in enumerate(states):
+            ids = state.x0[canvas.editable].view(shape)
+            if callback_on_step_end is not None:
+                undecided = (state.x == mask_id)[canvas.editable].view(shape)
+                # With blocks, places that were not asked yet have no guess: any code, they are shown as undecided.
+                codes = self.processor.vocabulary.image_codes(ids.masked_fill(ids == mask_id, first_id))
+                tensors = {"codes": codes, "undecided": undecided}
+                callback_on_step_end(self, step, float(undecided.float().mean()), tensors)
+        codes = self.processor.vocabulary.image_codes(ids)
+        pixels = self.visual_tokenizer.decode(codes)
+        return PicturesOutput(
+            images=self.processor.images(pixels) if output_type == "pil" else pixels,
+            codes=codes,
+            confidence=state.confidence[canvas.editable].view(shape),
+        )
+
+    def prepare(self, prompts: Sequence[str], copies: int, guidance_scale: float) -> tuple[Canvas, Predictor]:
+        """The canvas [B, L] whose places for codes are masked, and the predictor that fills them."""
+        if not prompts or copies < 1:
+            raise InputError(f"Got {len(prompts)} prompts, {copies} pictures each, expected at least one of both.")
+        vocabulary = self.processor.vocabulary
+        rows = []
+        for prompt in prompts:
+            if not prompt.strip():
+                raise InputError("The prompt is empty, expected what to draw: for example \"a red apple\".")
+            row = sequence.draw_canvas(self.processor.text_ids(prompt), None, self.grid, vocabulary)
+            rows += [row] * copies
+        canvas, mask = self._batch(rows, "prompt")
+        predict = self._predictor(canvas, mask)
+        if guidance_scale == 1:
+            return canvas, predict
+        unprompted = sequence.draw_canvas([], None, self.grid, vocabulary)
+        # It is shorter than the prompted ones and has no padding: its forward costs that much less.
+        empty, _ = self._batch([unprompted] * len(rows), "prompt")
+        other = other_canvas(empty.ids, editable_places(canvas), editable_places(empty))
+        return canvas, guided(predict, self._predictor(empty, None), guidance_scale, other=other)
+
+    def _predictor(self, canvas: Canvas, mask: Tensor | None) -> Predictor:
+        return full(
+            self.model,
+            attention_mask=mask,
+            position_ids=canvas.positions,
+            grid=canvas.grid,
+            columns=self.processor.vocabulary.image_columns,
+        )

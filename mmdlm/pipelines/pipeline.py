@@ -1,0 +1,233 @@
+"""What all pipelines share: the components, the presets, loading, saving, and the run over one canvas.
+
+Shape letters: B rows, L positions, W asked positions, V ids, h x w the grid of codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mmdlm import attention, sequence
+from mmdlm.assets import shipped_model
+from mmdlm.errors import InputError
+from mmdlm.model_directory import (
+    check_model_directory,
+    finish_model_directory,
+    read_presets,
+    weight_names,
+    write_presets,
+)
+from mmdlm.models.mask_predictor import MaskPredictor
+from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.processing import MMDLMProcessor
+from mmdlm.sampling.denoise import Policy, Predictor, State, denoise
+from mmdlm.sampling.draws import Draw
+from mmdlm.sampling.policies import ADAPTIVE, REVISING, draw_from_config, policy_from_config
+from mmdlm.sampling.replay import Recording
+from mmdlm.sequence import Canvas
+
+Generators = torch.Generator | list[torch.Generator]
+# (pipeline, step, share of places still undecided after it, {"ids": [B, L], ...}) after every step
+StepCallback = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], Any]
+
+# What a directory without generation_config.json, or with a shorter one, is sampled with.
+DEFAULT_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "draw": {
+        "num_inference_steps": 16,
+        "guidance_scale": 1.0,
+        "policy": {"name": "maskgit"},
+        "draw": {"name": "categorical"},
+    },
+    "describe": {
+        "num_inference_steps": 16,
+        "answer_length": 32,
+        "policy": {"name": "top_k"},
+        "draw": {"name": "greedy"},
+    },
+    "ask": {
+        "num_inference_steps": 8,
+        "answer_length": 8,
+        "policy": {"name": "top_k"},
+        "draw": {"name": "greedy"},
+    },
+}
+
+
+class MMDLMPipeline(DiffusionPipeline):
+    """What all pipelines share: the three components, the presets, loading, saving, and the run over one canvas."""
+
+    def __init__(self, model: MaskPredictor, visual_tokenizer: LFQTokenizer, processor: MMDLMProcessor) -> None:
+        super().__init__()
+        if model.vocabulary != processor.vocabulary:
+            raise InputError(
+                f"The model's vocabulary is {model.vocabulary}, the processor's {processor.vocabulary}, "
+                "expected the same: take both from one model directory."
+            )
+        self.register_modules(model=model, visual_tokenizer=visual_tokenizer, processor=processor)
+        self.presets = {task: dict(preset) for task, preset in DEFAULT_PRESETS.items()}
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model directory; None means the shipped one. Weights are computed with in `dtype`.
+
+        Safetensors only, and only classes of this package: no code of the directory's is run. Raises InputError
+        when it is no mmdlm model, incomplete, broken, or of another version.
+        """
+        directory = shipped_model() if pretrained_model_name_or_path is None else Path(pretrained_model_name_or_path)
+        check_model_directory(directory)
+        try:
+            pipe = super().from_pretrained(str(directory), use_safetensors=True, **kwargs)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{directory} does not fit this version of mmdlm ({_first_line(error)}): "
+                "update mmdlm, or save the model again with this version."
+            ) from error
+        for name in ("model", "visual_tokenizer"):
+            _check_all_weights_used(getattr(pipe, name), directory / name)
+            # torch's own: diffusers' `to` warns about modules it would rather keep in float32, of which there are none.
+            torch.nn.Module.to(getattr(pipe, name), dtype)
+        pipe.presets = read_presets(directory, DEFAULT_PRESETS)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the model directory that `from_pretrained` reads: diffusers' layout, safetensors, and the presets."""
+        super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+        write_presets(Path(save_directory), self.presets)
+        finish_model_directory(Path(save_directory))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): rows and columns of codes in a picture of the processor's size."""
+        side = self.processor.image_size // self.visual_tokenizer.downsample
+        return side, side
+
+    @torch.no_grad()
+    def preview(self, codes: Tensor, undecided: Tensor) -> list[Image.Image]:
+        """Pictures of the process, from what `callback_on_step_end` got: undecided cells are faded to grey."""
+        faded = undecided.float().mul(-0.8).add(1.0).unsqueeze(1)
+        factor = self.visual_tokenizer.downsample
+        return self.processor.images(
+            self.visual_tokenizer.decode(codes) * faded.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        )
+
+    def _settings(self, task: str, **asked: Any) -> dict[str, Any]:
+        """The task's preset with what the caller asked for, checked.
+
+        A rule that finds the number of passes itself gets as many as it needs, where only the rule was asked for.
+        """
+        given = {name: value for name, value in asked.items() if value is not None}
+        settings = {**self.presets[task], **given}
+        if "policy" in given and "num_inference_steps" not in given and settings["policy"].get("name") in ADAPTIVE:
+            settings["num_inference_steps"] = None
+        steps = settings["num_inference_steps"]
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise InputError(f"num_inference_steps is {steps!r}, expected a whole number from 1 on.")
+        scale = settings.get("guidance_scale", 1.0)
+        if not 0 <= scale < float("inf"):
+            raise InputError(f"guidance_scale is {scale!r}, expected a number from 0 on; 1 is no guidance.")
+        if scale != 1 and settings.get("unprompted") is False:
+            raise InputError(
+                f"guidance_scale is {scale!r}, but this model was never trained without prompts: leave it at 1."
+            )
+        policy_from_config(settings["policy"]), draw_from_config(settings["draw"])  # a bad one shows before any work
+        return settings
+
+    def _batch(self, canvases: Sequence[Canvas], what: str) -> tuple[Canvas, Tensor | None]:
+        """Rows of any lengths -> one canvas [B, L] on the device and its attention mask, None where none is needed.
+
+        Padding is on the left, so that the answer area ends every row in the same columns.
+        """
+        longest, limit = max(len(canvas.ids) for canvas in canvases), self.model.config.max_positions
+        if longest > limit:
+            raise InputError(
+                f"The {what} is too long by {longest - limit} tokens, the model has {limit} positions: shorten it."
+            )
+        canvas, valid = sequence.batch(canvases, pad_id=self.processor.vocabulary.pad_id, side="left")
+        mask = attention.full(valid)
+        device = self._execution_device
+        return Canvas(*(part.to(device) for part in canvas)), None if mask is None else mask.to(device)
+
+    def _run(
+        self,
+        canvas: Canvas,
+        predict: Predictor,
+        settings: Mapping[str, Any],
+        *,
+        first_id: int,
+        generator: Generators | None,
+        policy: Policy | None = None,
+        draw: Draw | None = None,
+        replay: Recording | None = None,
+    ) -> Iterator[State]:
+        """Denoise `canvas`, or play it back, and show the steps and the tokens per forward on the progress bar.
+
+        `policy` and `draw`: instead of those of the settings.
+        """
+        rows, steps = len(canvas.ids), settings["num_inference_steps"]
+        if isinstance(generator, list) and len(generator) != rows:
+            raise InputError(f"Got {len(generator)} generators for {rows} rows: pass one for all, or one for each.")
+        states = denoise(
+            predict,
+            canvas.ids,
+            policy_from_config(settings["policy"]) if policy is None else policy,
+            editable=canvas.editable,
+            mask_id=self.processor.vocabulary.mask_id,
+            steps=steps,
+            block=settings.get("block_length"),
+            draw=draw_from_config(settings["draw"]) if draw is None else draw,
+            generator=generator,
+            first_id=first_id,
+            revise=settings["policy"].get("name") in REVISING,
+        )
+        if replay is not None:
+            states = replay.states(canvas.ids, states)
+        written = 0
+        # None: the rule finds out how many passes it needs
+        with self.progress_bar(range(0)) if steps is None else self.progress_bar(total=steps) as bar:
+            for state in states:
+                bar.update()
+                if not bar.disable:
+                    written += int(state.written.sum())
+                    bar.set_postfix_str(f"{written / max(state.forwards, 1):.1f} tokens per forward")
+                yield state
+
+
+def editable_places(canvas: Canvas) -> Tensor:
+    """The positions [B, E] of the editable places of a canvas [B, L] whose rows have E each."""
+    return canvas.editable.nonzero()[:, 1].view(len(canvas.ids), -1)
+
+
+def _check_all_weights_used(module: torch.nn.Module, directory: Path) -> None:
+    """transformers and diffusers start missing weights at random, with a warning: here that is an error."""
+    saved, expected = weight_names(directory), set(module.state_dict())
+    tied = getattr(module, "_tied_weights_keys", None) if getattr(module.config, "tie_word_embeddings", False) else None
+    missing = expected - saved - set(tied or ())
+    unknown = saved - expected
+    if missing or unknown:
+        names = sorted(missing or unknown)
+        raise InputError(
+            f"{directory} was saved by another version: {len(names)} weights are "
+            f"{'missing' if missing else 'unknown'}, {names[0]} for one: "
+            "update mmdlm, or save the model again with this version."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160].rstrip(".:")
