@@ -16,7 +16,8 @@ from mmdlm.programs import program_path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # rooms whose files the tree does not name one by one
-FOLDERS = tuple(f"mmdlm/{room}/" for room in ("assets", "convert", "data", "training", "evaluation", "serving", "cli", "pipelines"))
+ROOMS = ("assets", "convert", "data", "training", "evaluation", "serving", "cli", "pipelines")
+FOLDERS = tuple(f"mmdlm/{room}/" for room in ROOMS)
 
 
 def block(marker: str) -> str:
@@ -79,7 +80,7 @@ def test_every_command_and_option_shown_exists(monkeypatch, capsys):
         if words[0] in ("run", "path") and len(words) > 1:  # what follows the program's name is the program's own
             assert program_path(words[1]).is_file(), line
             continue
-        command = words[:3] if words[0] == "data" else words[:1]
+        command = words[: {"data": 3, "eval": 2}.get(words[0], 1)]
         usage = help_of(monkeypatch, capsys, command)
         for option in (word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)):
             assert re.search(rf"(?<!\S){option}\b", usage), f"{line}: no option {option}"

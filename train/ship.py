@@ -30,9 +30,9 @@ class Config:
     out: str = "mmdlm/assets/pictures"
     card: str | None = None
     draw_steps: int = 16
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     temperature: float = 0.5
-    choice_temperature: float = 2.0
+    choice_temperature: float = 4.0
     describe_steps: int = 24
     ask_steps: int = 12
     caption_length: int = 24

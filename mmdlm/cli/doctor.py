@@ -25,13 +25,13 @@ def doctor(
     config = sizing.find_configuration(model)
     size = sizing.size_of(config)
     trunk, family = config.trunk, (config.published or {}).get("family", "mmdlm")
-    shown = {form: sizing.weight_bytes(size, form) / sizing.GIB for form in sizing.MATRIX_BYTES}
+    shown = {form: sizing.weight_bytes(size, form) for form in sizing.MATRIX_BYTES}
     lines = {
         "model": f"{model} ({family}: {trunk['model_type']} trunk, {trunk['num_hidden_layers']} layers, width "
         f"{trunk['hidden_size']}, rows of up to {config.max_positions} tokens)",
         "parameters": f"{_count(size.parameters)}, of which {_count(size.tables)} in the embedding and the head",
-        "weights": " | ".join(f"{form} {gib:.1f} GiB" for form, gib in shown.items()),
-        "a full row": f"about {sizing.working_bytes(config, 'bfloat16') / sizing.GIB:.1f} GiB more in bfloat16",
+        "weights": " | ".join(f"{form} {_memory(weights)}" for form, weights in shown.items()),
+        "a full row": f"about {_memory(sizing.working_bytes(config, 'bfloat16'))} more in bfloat16",
     }
     if vram is None and torch.cuda.is_available():
         vram = torch.cuda.get_device_properties(0).total_memory / sizing.GIB
@@ -40,7 +40,9 @@ def doctor(
         lines["load with"] = "dtype=float32 on the CPU"
     else:
         chosen = sizing.plan(config, size, vram)
-        room = {form: gib + sizing.working_bytes(config, form) / sizing.GIB <= vram for form, gib in shown.items()}
+        room = {
+            form: weights + sizing.working_bytes(config, form) <= vram * sizing.GIB for form, weights in shown.items()
+        }
         lines[f"in {vram:g} GiB"] = " | ".join(f"{form} {'fits' if fits else 'no'}" for form, fits in room.items())
         if chosen is None:
             lines["load with"] = "nothing fits: take a larger accelerator or several (device_map='auto')"
@@ -49,6 +51,11 @@ def doctor(
             lines["load with"] = f"{how}, device_map=cuda, at most {chosen.rows} full rows at once"
     for name, text in lines.items():
         typer.echo(f"{name:12} {text}")
+
+
+def _memory(size: int) -> str:
+    """16031162368 -> 14.9 GiB; small models in MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _count(number: int) -> str:

@@ -80,7 +80,7 @@ def fill(
 
     Prints the text, and how likely each choice was; writes the picture. What is not masked comes back as it was.
     """
-    from mmdlm.picture_files import check_writable, numbered, png, sheet, write_whole
+    from mmdlm.picture_files import check_writable, numbered, write_whole
 
     borders = None if extend is None else _borders(extend)
     if image is not None and mask is None and borders is None and strength is None and variations is not None:
@@ -125,12 +125,7 @@ def fill(
     files: dict[Path, bytes] = {}
     columns = square_side(count)
     if out.images is not None:
-        for row, path in enumerate(paths if not grid else []):
-            said = {"filled_text": out.texts[row]} if out.texts else {}
-            files[path] = png(out.images[row], {**facts, "seed": seed + row, **said})
-        if grid and output is not None:
-            files[output] = png(sheet(out.images, columns), {**facts, "pictures": count})
-        files |= watched_files(films, columns, animation, frames)
+        files = _pictures(out, paths, columns, facts, seed) | watched_files(films, columns, animation, frames)
         if confidence is not None:
             files[confidence] = confidence_sheet(out.confidence, columns, pipe.processor.image_size)
     if played is not None and not played.playing:
@@ -140,6 +135,19 @@ def fill(
     for path, content in files.items():
         write_whole(path, content)
     _report(out, [path for path in files if frames is None or path.parent != frames], seed)
+
+
+def _pictures(out: Any, paths: list[Path], columns: int, facts: dict[str, object], seed: int) -> dict[Path, bytes]:
+    """Every picture as a PNG with where it came from, or all on one sheet where there is one path for them."""
+    from mmdlm.picture_files import png, sheet
+
+    if len(paths) < len(out.images):
+        return {paths[0]: png(sheet(out.images, columns), {**facts, "pictures": len(out.images)})}
+    files = {}
+    for row, path in enumerate(paths):
+        said = {"filled_text": out.texts[row]} if out.texts else {}
+        files[path] = png(out.images[row], {**facts, "seed": seed + row, **said})
+    return files
 
 
 def _report(out: Any, written: list[Path], seed: int) -> None:

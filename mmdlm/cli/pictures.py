@@ -136,7 +136,8 @@ def _best(pipe: TextToImage, prompts: list[str], codes: Tensor, best_of: int) ->
     """Of every `best_of` pictures the one that its own prompt is likeliest of."""
     if best_of == 1:
         return list(range(len(prompts)))
-    from mmdlm.cli.score import SAMPLES, words_given_picture
+    from mmdlm.cli.score import SAMPLES
+    from mmdlm.evaluation.scoring import words_given_picture
 
     nats = words_given_picture(pipe, prompts, codes, samples=SAMPLES, seed=0).nats.view(-1, best_of)
     return [row * best_of + int(best) for row, best in enumerate(nats.argmin(dim=1))]

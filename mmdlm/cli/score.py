@@ -1,22 +1,16 @@
-"""`mmdlm score`: how likely words are given a picture, and a picture given words; and the choice of the best by it."""
+"""`mmdlm score`: how likely words are given a picture, and a picture given words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, load_pipeline
 from mmdlm.errors import InputError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmdlm.evaluation.likelihood import Bounds
-
-SAMPLES = 32  # masks for each number
+SAMPLES = 32  # masks for each number, here and for --best-of
 
 
 def score(
@@ -33,6 +27,7 @@ def score(
     Both are upper bounds of -log p by random masks (arXiv:2502.09992, eq. 6), with the standard error of the estimate;
     less is likelier. Texts of one picture are compared on the same masks.
     """
+    from mmdlm.evaluation.scoring import picture_given_words, words_given_picture
     from mmdlm.processing import load_image
 
     if not all(text.strip() for text in texts):
@@ -47,42 +42,3 @@ def score(
     for row, text in enumerate(texts):
         numbers = (f"{b.nats[row]:.2f} +- {b.standard_error[row]:.2f}" for b in (words, drawn))
         typer.echo("\t".join([*numbers, " ".join(text.split())]))
-
-
-def words_given_picture(
-    pipe: Any, texts: Sequence[str] | Sequence[list[int]], codes: Tensor, *, samples: int, seed: int
-) -> Bounds:
-    """The bound of -log p(text | picture), row by row: codes int [B, h, w]; all rows on the same masks.
-
-    Texts may be given as ids. Every text has the same room, so that longer and shorter ones are compared fairly.
-    """
-    from mmdlm import sequence
-    from mmdlm.evaluation.likelihood import bounds
-
-    ids = [pipe.processor.text_ids(text) if isinstance(text, str) else text for text in texts]
-    room = max(pipe.presets["describe"]["answer_length"], *(len(row) + 1 for row in ids))
-    vocabulary = pipe.processor.vocabulary
-    canvases = [sequence.describe_canvas(picture, pipe.grid, row, room, vocabulary)
-                for picture, row in zip(codes, ids, strict=True)]
-    _check_length(pipe, canvases)
-    return bounds(pipe.model, canvases, vocabulary=vocabulary, samples=samples, seeds=[seed] * len(ids))
-
-
-def picture_given_words(pipe: Any, texts: Sequence[str], codes: Tensor, *, samples: int, seed: int) -> Bounds:
-    """The bound of -log p(picture | text), row by row: codes int [B, h, w]; all rows on the same masks."""
-    from mmdlm import sequence
-    from mmdlm.evaluation.likelihood import bounds
-
-    vocabulary = pipe.processor.vocabulary
-    canvases = [sequence.draw_canvas(pipe.processor.text_ids(text), picture, pipe.grid, vocabulary)
-                for text, picture in zip(texts, codes, strict=True)]
-    _check_length(pipe, canvases)
-    return bounds(pipe.model, canvases, vocabulary=vocabulary, samples=samples, seeds=[seed] * len(canvases))
-
-
-def _check_length(pipe: Any, canvases: Sequence[Any]) -> None:
-    longest, limit = max(len(canvas.ids) for canvas in canvases), pipe.model.config.max_positions
-    if longest > limit:
-        raise InputError(
-            f"The text is too long by {longest - limit} tokens, the model has {limit} positions: shorten it."
-        )

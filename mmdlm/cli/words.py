@@ -63,7 +63,8 @@ def _best_text(
     """The likeliest of the picture, by the bound, of the greedy caption (its ids [W]) and best_of - 1 drawn ones."""
     import torch
 
-    from mmdlm.cli.score import SAMPLES, words_given_picture
+    from mmdlm.cli.score import SAMPLES
+    from mmdlm.evaluation.scoring import words_given_picture
 
     generators = [torch.Generator().manual_seed(seed + number) for number in range(best_of - 1)]
     drawn = pipe([picture] * len(generators), num_inference_steps=steps, policy=policy, generator=generators,

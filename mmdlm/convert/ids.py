@@ -74,7 +74,8 @@ def shared_vocabulary(rows: int, known: Mapping[str, int | None], given: Mapping
         if name not in found:
             raise InputError(
                 f"This {family} model of {rows} ids has no tokenizer.json and is not of the published size, so its "
-                f"{name} is unknown: put its tokenizer beside the weights, or give vocabulary={{'{name}': ...}}."
+                f"{name} is unknown: put its tokenizer beside the weights, or give vocabulary={{'{name}': ...}} "
+                f"(--id {name}=... where a command takes it)."
             )
     return _vocabulary(found, rows, family)
 
@@ -83,7 +84,7 @@ def _vocabulary(found: dict[str, int], rows: int, family: str) -> Vocabulary:
     if "mask_id" not in found:
         raise InputError(
             f"This {family} model's config.json has no mask_token_id and its table of {rows} ids no known one: give "
-            "vocabulary={'mask_id': ...}."
+            "vocabulary={'mask_id': ...} (--id mask_id=... where a command takes it)."
         )
     if found["text_size"] > rows:
         raise InputError(

@@ -31,13 +31,13 @@ _INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 log = logging.getLogger(__name__)
 # What is asked of the Hub: weights, tables and texts, and no program.
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.yaml", "*.txt", "*.model", "*.jinja")
 
 
 def find_directory(source: str | Path) -> Path:
     """The directory of `source`: a path, or the name of a repository of the Hub, whose files are fetched.
 
-    Fetched are JSON, safetensors and tokenizer files; pickles only from a repository that has no safetensors; a
+    Fetched are JSON, YAML, safetensors and tokenizer files; pickles only from a repository that has no safetensors; a
     program never. Raises InputError when there is no such directory or repository.
     """
     path = Path(source)

@@ -70,11 +70,13 @@ def convert(
     with beside(destination) as place, bars(progress):
         model = load_predictor(directory, dtype=dtype, vocabulary=vocabulary, progress=progress)
         model.save_pretrained(place / "model", max_shard_size=SHARD)
-        text_tokenizer, side = read_tokenizer(directory), 0
+        text_tokenizer, pictures = read_tokenizer(directory), dict[str, object]()
         if text_tokenizer is not None and visual_tokenizer is not None:
             tokenizer = visual.load_visual_tokenizer(visual_tokenizer, dtype=dtype)
             _check_codes(model, tokenizer.codebook_size)
-            side = _picture_side(model, tokenizer.downsample)
+            pictures = {"image_size": _picture_side(model, tokenizer.downsample)}
+            if tokenizer.config.get("layout") == "magvitv2":
+                pictures["picture_fit"] = "crop"  # as Show-o and MMaDA prepare theirs
             tokenizer.save_pretrained(place / "visual_tokenizer", max_shard_size=SHARD)
             _write_json(
                 place / OWN_INDEX, _INDEX | {"visual_tokenizer": [type(tokenizer).__module__, type(tokenizer).__name__]}
@@ -84,9 +86,7 @@ def convert(
             text_tokenizer.save_pretrained(place / "processor")
             # What MMDLMProcessor reads, which stands on the same floor as this and is not imported.
             processor = {"processor_class": "MMDLMProcessor", "vocabulary": model.vocabulary.to_dict()}
-            _write_json(
-                place / "processor" / "processor_config.json", processor | ({"image_size": side} if side else {})
-            )
+            _write_json(place / "processor" / "processor_config.json", processor | pictures)
     return destination
 
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,8 +159,10 @@ def _content_hash(files: Sequence[Path]) -> str:
 def _keep(path: Path, found: Features) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part.npz")
-    logits = {} if found.logits is None else {"logits": found.logits}
-    np.savez(beside, features=found.features, sizes=np.array(found.sizes), **logits)
+    arrays: dict[str, Any] = {"features": found.features, "sizes": np.array(found.sizes)}
+    if found.logits is not None:
+        arrays["logits"] = found.logits
+    np.savez(beside, **arrays)
     os.replace(beside, path)
 
 
@@ -179,7 +181,8 @@ def _inception(weights: Path | None, device: str) -> Extractor:
         raise InputError('FID\'s Inception network is torch-fidelity\'s: pip install "mmdlm[eval]".') from error
     try:
         # torch-fidelity unpickles whatever the file says; what passes here holds tensors only.
-        torch.load(weights, weights_only=True, map_location="cpu")
+        if "Conv2d_1a_3x3.conv.weight" not in torch.load(weights, weights_only=True, map_location="cpu"):
+            raise ValueError("its first layer is missing")
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
         ).to(device)

@@ -13,8 +13,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from mmdlm import sequence
 from mmdlm.errors import InputError
+from mmdlm.pipelines import layouts
 from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback
 from mmdlm.processing import MMDLMProcessor, Picture
 from mmdlm.sampling.denoise import Predictor
@@ -90,21 +90,17 @@ class ImageToText(MMDLMPipeline):
         """The canvas [B, L] whose places for the answer are masked, and the predictor that fills them."""
         pixels = self.processor.pixels(images).to(self._execution_device, self.visual_tokenizer.dtype)
         codes = self.visual_tokenizer.encode(pixels)
-        vocabulary = self.processor.vocabulary
-        if question is None:
-            rows = [sequence.describe_canvas(row, self.grid, None, answer_length, vocabulary) for row in codes]
-        else:
-            questions = [question] * len(codes) if isinstance(question, str) else list(question)
-            if len(questions) != len(codes):
-                raise InputError(f"Got {len(questions)} questions about {len(codes)} pictures, expected 1 or as many.")
-            if not all(asked.strip() for asked in questions):
-                raise InputError('The question is empty, expected for example "what colour is it?".')
-            rows = [
-                sequence.ask_canvas(row, self.grid, self.processor.text_ids(asked), None, answer_length, vocabulary)
-                for row, asked in zip(codes, questions, strict=True)
-            ]
+        questions = [question] * len(codes) if question is None or isinstance(question, str) else list(question)
+        if len(questions) != len(codes):
+            raise InputError(f"Got {len(questions)} questions about {len(codes)} pictures, expected 1 or as many.")
+        if not all(asked is None or asked.strip() for asked in questions):
+            raise InputError('The question is empty, expected for example "what colour is it?".')
+        rows = [
+            layouts.answer_canvas(row, asked, answer_length, self.grid, self.processor, self.family)
+            for row, asked in zip(codes, questions, strict=True)
+        ]
         canvas, mask = self._batch(rows, "question")
-        columns = vocabulary.text_columns
+        columns = self.processor.vocabulary.text_columns
         return canvas, full(
             self.model, attention_mask=mask, position_ids=canvas.positions, grid=canvas.grid, columns=columns
         )

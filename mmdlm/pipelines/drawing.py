@@ -14,8 +14,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from mmdlm import sequence
 from mmdlm.errors import InputError
+from mmdlm.pipelines import layouts
 from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback, editable_places
 from mmdlm.sampling.denoise import Predictor
 from mmdlm.sampling.predictors import full, guided, other_canvas
@@ -93,18 +93,17 @@ class TextToImage(MMDLMPipeline):
         """The canvas [B, L] whose places for codes are masked, and the predictor that fills them."""
         if not prompts or copies < 1:
             raise InputError(f"Got {len(prompts)} prompts, {copies} pictures each, expected at least one of both.")
-        vocabulary = self.processor.vocabulary
         rows = []
         for prompt in prompts:
             if not prompt.strip():
                 raise InputError("The prompt is empty, expected what to draw: for example \"a red apple\".")
-            row = sequence.draw_canvas(self.processor.text_ids(prompt), None, self.grid, vocabulary)
+            row = layouts.draw_canvas(prompt, self.grid, self.processor, self.family)
             rows += [row] * copies
         canvas, mask = self._batch(rows, "prompt")
         predict = self._predictor(canvas, mask)
         if guidance_scale == 1:
             return canvas, predict
-        unprompted = sequence.draw_canvas([], None, self.grid, vocabulary)
+        unprompted = layouts.draw_canvas("", self.grid, self.processor, self.family)
         # It is shorter than the prompted ones and has no padding: its forward costs that much less.
         empty, _ = self._batch([unprompted] * len(rows), "prompt")
         other = other_canvas(empty.ids, editable_places(canvas), editable_places(empty))

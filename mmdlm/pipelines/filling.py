@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmdlm import sequence
 from mmdlm.errors import InputError
+from mmdlm.pipelines import layouts
 from mmdlm.pipelines.describing import Token, told_apart
 from mmdlm.pipelines.given import Given, given_picture, put_back
 from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback
@@ -109,6 +110,7 @@ class Fill(MMDLMPipeline):
         Raises InputError where there is nothing to fill, for bad templates, masks and extensions, words longer than the
         model's positions, and settings out of range.
         """
+        layouts.check_own(self.family, self.processor.vocabulary, "filling")
         asked = {"num_inference_steps": num_inference_steps, "policy": policy}
         drawing = self._settings("draw", guidance_scale=guidance_scale, **asked if draw else {})
         describing = self._settings("describe", **{} if draw else asked)

@@ -27,6 +27,8 @@ from mmdlm.model_directory import (
 )
 from mmdlm.models.mask_predictor import MaskPredictor
 from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.models.vq_tokenizer import VQTokenizer
+from mmdlm.pipelines import layouts
 from mmdlm.processing import MMDLMProcessor
 from mmdlm.sampling.denoise import Policy, Predictor, State, denoise
 from mmdlm.sampling.draws import Draw
@@ -64,7 +66,9 @@ DEFAULT_PRESETS: Mapping[str, Mapping[str, Any]] = {
 class MMDLMPipeline(DiffusionPipeline):
     """What all pipelines share: the three components, the presets, loading, saving, and the run over one canvas."""
 
-    def __init__(self, model: MaskPredictor, visual_tokenizer: LFQTokenizer, processor: MMDLMProcessor) -> None:
+    def __init__(
+        self, model: MaskPredictor, visual_tokenizer: LFQTokenizer | VQTokenizer, processor: MMDLMProcessor
+    ) -> None:
         super().__init__()
         if model.vocabulary != processor.vocabulary:
             raise InputError(
@@ -110,6 +114,11 @@ class MMDLMPipeline(DiffusionPipeline):
         super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
         write_presets(Path(save_directory), self.presets)
         finish_model_directory(Path(save_directory))
+
+    @property
+    def family(self) -> str:
+        """The family of published models that this one's weights came from, whose layouts it knows; "" for our own."""
+        return str((self.model.config.published or {}).get("family", ""))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -158,7 +167,7 @@ class MMDLMPipeline(DiffusionPipeline):
             raise InputError(
                 f"The {what} is too long by {longest - limit} tokens, the model has {limit} positions: shorten it."
             )
-        canvas, valid = sequence.batch(canvases, pad_id=self.processor.vocabulary.pad_id, side="left")
+        canvas, valid = sequence.batch(canvases, pad_id=layouts.pad_id(self.processor, self.family), side="left")
         mask = attention.full(valid)
         device = self._execution_device
         return Canvas(*(part.to(device) for part in canvas)), None if mask is None else mask.to(device)

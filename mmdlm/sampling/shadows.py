@@ -20,16 +20,17 @@ def shadowed(
     model: nn.Module,
     *,
     mask_id: int,
+    editable: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     grid: Tensor | None = None,
     columns: tuple[int, int] | None = None,
 ) -> Predictor:
-    """`full` with a shadow for every asked place that is written; for `revoke` and `with_edits`.
+    """`full` with a shadow for every asked place that is editable and written; for `revoke` and `with_edits`.
 
-    attention_mask: None or bool [B, L] or [B, 1, 1, L] (True = may be seen); the others as for `full`. ValueError for
-    another mask, for image places of a model that folds them, and for a model with prediction_offset: their places
-    have no token of their own in the trunk.
+    editable: bool [B, L], as denoise gets it: what is given needs no shadow. attention_mask: None or bool [B, L] or
+    [B, 1, 1, L] (True = may be seen); the others as for `full`. ValueError for another mask, for image places of a
+    model that folds them, and for a model with prediction_offset: their places have no token of their own in the trunk.
     """
     config = model.config
     if getattr(config, "prediction_offset", 0):
@@ -37,7 +38,8 @@ def shadowed(
 
     def predict(ids: Tensor, where: Tensor) -> Tensor:
         rows, length = ids.shape
-        hidden = ids.gather(1, where) != mask_id  # asked and written: its token is hidden from its shadow
+        # asked and written: its token is hidden from its shadow; what fills a row up to the widest is not editable
+        hidden = (ids.gather(1, where) != mask_id) & editable.gather(1, where)
         order = (~hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(hidden.sum(dim=1).max())]
         place, real = where.gather(1, order), hidden.gather(1, order)  # [B, S]
         folds = getattr(config, "image_fold", 1) > 1

@@ -179,7 +179,7 @@ def test_weights_that_are_missing_or_anothers(tmp_path):
     for path in (tmp_path / "missing.pth", tmp_path / "other.pth"):
         with pytest.raises(InputError, match="weights-inception"):
             extractor("inception", weights=path)
-    with pytest.raises(InputError, match="only for inception"):
+    with pytest.raises(InputError, match="only inception takes any"):
         extractor("random", weights=tmp_path / "other.pth")
     with pytest.raises(InputError, match="no timm model"):
         extractor(str(tmp_path))

@@ -7,7 +7,7 @@ from mmdlm.attention import full as attention_full
 from mmdlm.errors import InputError
 from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
 from mmdlm.sampling import policies, predictors
-from mmdlm.sampling.denoise import Decision, View, denoise
+from mmdlm.sampling.denoise import Decision, State, View, denoise, passes
 from mmdlm.sampling.draws import categorical, greedy
 from mmdlm.vocabulary import Vocabulary
 
@@ -267,3 +267,19 @@ def test_a_row_alone_equals_the_row_in_any_batch_and_padding(model, name, draw):
     assert fill([0, 1, 2], "left", 25) == alone
     assert fill([2, 0], "left", 13) == [alone[2], alone[0]]
     assert len({tuple(ids) for ids in alone}) == 3
+
+
+def test_loops_turned_inside_out_share_forwards_and_give_what_they_give_alone():
+    canvases = [canvas("12_____3"), canvas("1___"), canvas("12345678")]
+    alone = [run(x, policies.top_k(), editable)[-1] for x, editable in canvases]
+    loops = [passes(x, policies.top_k(), editable=editable, mask_id=MASK, steps=4) for x, editable in canvases]
+    ends, asked = {}, {i: next(loop) for i, loop in enumerate(loops)}
+    for _ in range(5):
+        for i in [i for i, question in asked.items() if isinstance(question, State)]:
+            ends[i] = asked.pop(i)  # nothing was masked: its one State comes unasked
+        questions = {i: (question.x, question.where) for i, question in asked.items()}
+        states = {i: loops[i].send(count_up(*question)) for i, question in questions.items()}
+        ends.update({i: state for i, state in states.items() if state.done.all()})
+        asked = {i: next(loops[i]) for i, state in states.items() if not state.done.all()}
+    for end, state in zip([ends[i] for i in range(3)], alone, strict=True):
+        assert torch.equal(end.x, state.x) and end.step == state.step and torch.equal(end.confidence, state.confidence)

@@ -59,7 +59,7 @@ def predictor(model: MaskPredictor, kind: str, canvas: sequence.Canvas, valid: t
         plain = full(model, columns=words.text_columns, **seen)
         hidden = valid & ~canvas.editable & (canvas.modality == sequence.TEXT)
         return guided(plain, plain, 1.5, other=masked_prompt(hidden, words.mask_id))
-    return shadowed(model, mask_id=words.mask_id, columns=words.text_columns, **seen)
+    return shadowed(model, mask_id=words.mask_id, editable=canvas.editable, columns=words.text_columns, **seen)
 
 
 def answers(model, kind, config, chosen, side, draw):

@@ -92,7 +92,8 @@ def test_edits_of_every_draw_are_parallel_gibbs_steps():
             after += exact[a, b] * TABLES[0, b].unsqueeze(1) * TABLES[1, a]
         exact = after
     policy = policies.with_edits(policies.threshold(1e-9), tau=1e-9)
-    counts = drawn(run(never_settled(policy), torch.tensor([[MASK, 0]]).repeat(6000, 1), steps=steps, draw=categorical(),
+    x = torch.tensor([[MASK, 0]]).repeat(6000, 1)
+    counts = drawn(run(never_settled(policy), x, steps=steps, draw=categorical(),
                        generator=torch.Generator().manual_seed(0)))
     assert chi_square(counts, exact) < BOUND
     assert chi_square(counts, start) > BOUND

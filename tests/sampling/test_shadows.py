@@ -34,7 +34,7 @@ def test_in_one_layer_a_shadow_is_the_masked_token_itself():
     one, ids = model(layers=1), torch.randint(9, TEXT, (2, 9))
     ids[0, 2] = ids[1, 5] = MASK
     where = torch.tensor([[1, 2, 7], [3, 5, 8]])
-    found = shadowed(one, mask_id=MASK)(ids, where)
+    found = shadowed(one, mask_id=MASK, editable=torch.ones_like(ids, dtype=torch.bool))(ids, where)
     for row in range(2):
         for asked, place in enumerate(where[row].tolist()):
             hidden = ids[row : row + 1].clone()
@@ -51,19 +51,21 @@ def test_shadows_change_nothing_at_masked_places_and_padding_is_not_seen():
     ids = torch.randint(9, TEXT, (1, 8))
     ids[0, 3] = ids[0, 6] = MASK
     where = torch.tensor([[2, 3, 6]])
-    plain, found = full(deep)(ids, where), shadowed(deep, mask_id=MASK)(ids, where)
+    anywhere = torch.ones(1, 12, dtype=torch.bool)
+    plain, found = full(deep)(ids, where), shadowed(deep, mask_id=MASK, editable=anywhere[:, :8])(ids, where)
     torch.testing.assert_close(found[:, 1:], plain[:, 1:], atol=1e-4, rtol=1e-4)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
     seen = torch.arange(12).unsqueeze(0) >= 4
     positions = (torch.arange(12) - 4).clamp(min=0).unsqueeze(0)
-    again = shadowed(deep, mask_id=MASK, attention_mask=seen[:, None, None], position_ids=positions)(padded, where + 4)
+    seen_and_placed = {"attention_mask": seen[:, None, None], "position_ids": positions}
+    again = shadowed(deep, mask_id=MASK, editable=anywhere, **seen_and_placed)(padded, where + 4)
     torch.testing.assert_close(again, found, atol=1e-4, rtol=1e-4)
 
 
 def test_revoke_over_shadows_leaves_prompt_and_no_mask():
     deep, ids = model(layers=2), torch.randint(9, TEXT, (8, 16))
     editable = torch.arange(16).expand(8, 16) >= 5
-    states = list(denoise(shadowed(deep, mask_id=MASK), ids.masked_fill(editable, MASK),
+    states = list(denoise(shadowed(deep, mask_id=MASK, editable=editable), ids.masked_fill(editable, MASK),
                           revoke(draft=0.15, verify=1.0), editable=editable, mask_id=MASK, steps=None, revise=True))
     assert torch.equal(states[-1].x[:, :5], ids[:, :5]) and not (states[-1].x == MASK).any()
     taken_back = [(a.x != MASK) & (b.x == MASK) for a, b in itertools.pairwise(states)]
@@ -75,7 +77,8 @@ def test_folded_pictures_have_no_shadows_but_their_text_has():
     ids = torch.cat([torch.randint(9, TEXT, (1, 2)), torch.randint(TEXT, TEXT + CODES, (1, 4)),
                      torch.randint(9, TEXT, (1, 2))], 1)
     grid = torch.tensor([[[-1, -1], [-1, -1], [0, 0], [0, 1], [1, 0], [1, 1], [-1, -1], [-1, -1]]])
-    predict = shadowed(folded, mask_id=MASK, grid=grid)
+    editable = torch.arange(8).unsqueeze(0) >= 2
+    predict = shadowed(folded, mask_id=MASK, editable=editable, grid=grid)
     hidden = ids.clone()
     hidden[0, 6] = MASK
     with torch.no_grad():
@@ -83,5 +86,8 @@ def test_folded_pictures_have_no_shadows_but_their_text_has():
         torch.testing.assert_close(predict(ids, torch.tensor([[6]])), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="folds image places"):
         predict(ids, torch.tensor([[3]]))
+    with torch.no_grad():  # a place that only fills the row up is not shadowed
+        assert predict(ids, torch.tensor([[1]])).shape == (1, 1, TEXT + CODES)
     with pytest.raises(ValueError, match="expected bool"):
-        shadowed(folded, mask_id=MASK, grid=grid, attention_mask=torch.zeros(1, 8))(ids, torch.tensor([[6]]))
+        wrong = {"grid": grid, "attention_mask": torch.zeros(1, 8)}
+        shadowed(folded, mask_id=MASK, editable=editable, **wrong)(ids, torch.tensor([[6]]))
