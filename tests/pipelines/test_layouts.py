@@ -17,12 +17,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mmdlm import prompts
-from mmdlm.convert import convert, lumina_vq, magvitv2, visual
+from mmdlm.convert import convert, lumina_vq, magvitv2, mmada, visual
 from mmdlm.errors import InputError
 from mmdlm.models.vq_tokenizer import VQTokenizer
 from mmdlm.pipelines import Fill, ImageToText, TextToImage
-from mmdlm.pipelines.layouts import MMADA_CAPTION, check_own
-from mmdlm.processing import fit_square
+from mmdlm.pipelines.layouts import MMADA_CAPTION, check_own, draw_canvas, pad_id
+from mmdlm.processing import MMDLMProcessor, fit_square
 from mmdlm.sampling.denoise import denoise
 from mmdlm.sampling.draws import greedy
 from mmdlm.sampling.policies import maskgit
@@ -188,6 +188,17 @@ def test_too_long_a_prompt_and_what_no_published_model_learned(draw, whole):
     for family in ("llada", "lumina"):
         with pytest.raises(InputError, match=f"family {family}, for which there is no layout for drawing"):
             check_own(family, replace(draw.model.vocabulary, draw_id=-1), "drawing")
+
+
+def test_the_published_size_has_the_published_ids(draw):
+    vocabulary = mmada.configuration(mmada.PUBLISHED_CONFIG).shared_vocabulary
+    processor = MMDLMProcessor(draw.processor.tokenizer, vocabulary, 512, "crop")
+    canvas = draw_canvas(said([5, 6]), (32, 32), processor, "mmada")
+    expected = prompts.mmada_t2i([[5, 6]], torch.full((1, 1024), 126336), max_text_length=4, ids=prompts.MMaDAIds())
+    assert canvas.ids[:6].tolist() == [126088, 126080, 5, 6, 126081, 126084]
+    assert torch.equal(canvas.ids, expected.ids[0])
+    assert canvas.grid[6:38].tolist() == [[0, column] for column in range(32)] and int(canvas.editable.sum()) == 1024
+    assert pad_id(processor, "mmada") == 126093
 
 
 def test_ids_that_a_small_mmada_does_not_say(whole, tmp_path):
