@@ -161,7 +161,7 @@ def choices(
     asked = read_choices(questions)
     paths = [find_picture(pictures, (one.picture,)) for one in asked]
     check_new(output)
-    pipe = load_pipeline("ImageToText", model, device, quiet)
+    pipe = load_pipeline("ImageToText", model, device, quiet, own="likelihoods")
     facts = model_facts(pipe, model)
     cases = [(one.id, path, one.text) for one, path in zip(asked, paths, strict=True)]
     begun_with = settings_of(ctx) | {"hash": facts["hash"]}
@@ -246,7 +246,7 @@ def likelihood(
     started = time.monotonic()
     pairs = read_pairs(folder)
     check_new(output)
-    pipe = load_pipeline("ImageToText", model, device, quiet)
+    pipe = load_pipeline("ImageToText", model, device, quiet, own="likelihoods")
     scores = measure_pairs(
         pipe, pairs, samples=samples, pool=pool, seed=seed, batch_size=batch_size, progress=not quiet
     )

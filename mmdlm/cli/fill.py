@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmdlm import __version__
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, QuietOption, StepsOption, load_pipeline
 from mmdlm.cli.watching import (
     ConfidenceOption,
     Films,
@@ -74,6 +74,7 @@ def fill(
     replay: ReplayOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Fill what is missing: inpaint, outpaint, vary, complete a text, or make picture and words from parts of either.
@@ -96,7 +97,7 @@ def fill(
     check_watching(animation, frames, confidence, replay)
     rule = parsed_policy(policy)
     played = recording(replay)
-    pipe = load_pipeline("Fill", model, device, quiet)
+    pipe = load_pipeline("Fill", model, device, quiet, quantize)
     seed = seed_of(seed, played)
     facts = {"text": text or "", "seed": seed, **_facts(pipe, steps, guidance, policy)}
     if played is not None:

@@ -15,11 +15,25 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; the fastest at hand if not given.")
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; the model's preset if not given.")]
+QuantizeOption = Annotated[
+    str | None, typer.Option("--quantize", help="8bit or 4bit: hold the model's matrices so (needs bitsandbytes).")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
-def load_pipeline(name: str, model: Path | None, device: str | None, quiet: bool) -> Any:
-    """The pipeline `name` of a model directory, on its device. The model is looked at before anything slow happens."""
+def load_pipeline(
+    name: str,
+    model: Path | None,
+    device: str | None,
+    quiet: bool,
+    quantize: str | None = None,
+    *,
+    own: str | None = None,
+) -> Any:
+    """The pipeline `name` of a model directory, on its device. The model is looked at before anything slow happens.
+
+    `own` names what the caller does in mmdlm's own layouts: InputError for a published model that has others.
+    """
     from mmdlm.assets import shipped_model
     from mmdlm.model_directory import check_model_directory
 
@@ -38,7 +52,15 @@ def load_pipeline(name: str, model: Path | None, device: str | None, quiet: bool
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    pipe = getattr(pipelines, name).from_pretrained(directory).to(torch.device(chosen))
+    if quantize is None:
+        pipe = getattr(pipelines, name).from_pretrained(directory).to(torch.device(chosen))
+    else:
+        # In bfloat16 where it can: what is not quantised (embedding, head, norms) would else outweigh the rest.
+        dtype = torch.float32 if chosen == "cpu" else torch.bfloat16
+        pipe = getattr(pipelines, name).from_pretrained(directory, dtype=dtype, quantize=quantize, device_map=chosen)
+        pipe.visual_tokenizer.to(torch.device(chosen))
+    if own is not None:
+        pipelines.layouts.check_own(pipe.family, pipe.processor.vocabulary, own)
     # None: tqdm is silent when stderr is no terminal.
     pipe.set_progress_bar_config(disable=True if quiet else None, leave=False)
     return pipe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdlm import __version__
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, QuietOption, StepsOption, load_pipeline
 from mmdlm.cli.watching import (
     ConfidenceOption,
     Films,
@@ -59,6 +59,7 @@ def generate(
     replay: ReplayOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Draw pictures. Several go to NAME-0.png, NAME-1.png ..., or with --grid onto one sheet.
@@ -76,7 +77,7 @@ def generate(
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings |= {"policy": parsed_policy(policy), "replay": recording(replay)}
     played = settings["replay"]
-    pipe = load_pipeline("TextToImage", model, device, quiet)
+    pipe = load_pipeline("TextToImage", model, device, quiet, quantize)
     seed = seed_of(seed, played)
     facts = _facts(pipe, steps, guidance, policy)
     if played is not None:

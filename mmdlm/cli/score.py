@@ -33,7 +33,7 @@ def score(
     if not all(text.strip() for text in texts):
         raise InputError("A text is empty, expected what is said of the picture: give some words.")
     picture = load_image(image)
-    pipe = load_pipeline("ImageToText", model, device, quiet)
+    pipe = load_pipeline("ImageToText", model, device, quiet, own="scoring")
     pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
     codes = pipe.visual_tokenizer.encode(pixels).cpu().expand(len(texts), -1, -1)
     words = words_given_picture(pipe, texts, codes, samples=samples, seed=seed)

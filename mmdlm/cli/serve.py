@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmdlm.cli.loading import DeviceOption, ModelOption, load_pipeline
+from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, load_pipeline
 from mmdlm.errors import InputError
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
@@ -39,6 +39,7 @@ def serve(
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds a request may take.")] = 120.0,
     largest_body: Annotated[float, typer.Option("--largest-body", min=0.001, help="Of a request, in MiB.")] = 20.0,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Serve the model over HTTP: /v1/caption, OpenAI's chat and pictures, a page at /. Ctrl-C ends it."""
     missing = [package for package in NEEDED if find_spec(package) is None]
@@ -63,7 +64,7 @@ def serve(
     from mmdlm.serving.run import address_of, bind, log_as_json, run
 
     listening = bind(host, port)  # before the model: a port in use is said at once
-    pipe = load_pipeline("TextToImage", model, device, True)
+    pipe = load_pipeline("TextToImage", model, device, True, quantize)
 
     from mmdlm.model_directory import model_hash
     from mmdlm.serving.server import Service, create_app

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, QuietOption, StepsOption, load_pipeline
 from mmdlm.cli.watching import PolicyOption, parsed_policy
 
 ROWS_AT_ONCE = 8  # pictures described together: more would only cost memory on a laptop
@@ -23,13 +23,14 @@ def caption(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the candidates of --best-of.")] = 0,
     model: ModelOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Describe pictures: one line for each."""
     from mmdlm.processing import load_image
 
     pictures, rule = [load_image(image) for image in images], parsed_policy(policy)
-    pipe = load_pipeline("ImageToText", model, device, quiet)
+    pipe = load_pipeline("ImageToText", model, device, quiet, quantize)
     for start in range(0, len(pictures), ROWS_AT_ONCE):
         part = pictures[start : start + ROWS_AT_ONCE]
         found = pipe(part, num_inference_steps=steps, policy=rule)
@@ -47,13 +48,14 @@ def ask(
     steps: StepsOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Answer a question about a picture."""
     from mmdlm.processing import load_image
 
     picture = load_image(image)
-    pipe = load_pipeline("ImageToText", model, device, quiet)
+    pipe = load_pipeline("ImageToText", model, device, quiet, quantize)
     typer.echo(_one_line(pipe(picture, question, num_inference_steps=steps).texts[0]))
 
 

@@ -84,15 +84,24 @@ class MMDLMPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | Path | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        quantize: str | None = None,
+        device_map: str | torch.device | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a model directory; None means the shipped one. Weights are computed with in `dtype`.
+
+        With `quantize`, "8bit" or "4bit", the mask predictor's matrices are held in so many bits (bitsandbytes) on
+        `device_map`'s device, where it stays: `to` moves the other parts only.
 
         Safetensors only, and only classes of this package: no code of the directory's is run. Raises InputError
         when it is no mmdlm model, incomplete, broken, or of another version.
         """
         directory = shipped_model() if pretrained_model_name_or_path is None else Path(pretrained_model_name_or_path)
         check_model_directory(directory)
+        if quantize is not None:
+            from mmdlm.convert import load_predictor
+
+            kwargs["model"] = load_predictor(directory / "model", dtype=dtype, quantize=quantize, device_map=device_map)
         try:
             pipe = super().from_pretrained(str(directory), use_safetensors=True, **kwargs)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -102,7 +111,7 @@ class MMDLMPipeline(DiffusionPipeline):
                 f"{directory} does not fit this version of mmdlm ({_first_line(error)}): "
                 "update mmdlm, or save the model again with this version."
             ) from error
-        for name in ("model", "visual_tokenizer"):
+        for name in ("visual_tokenizer",) if quantize is not None else ("model", "visual_tokenizer"):
             _check_all_weights_used(getattr(pipe, name), directory / name)
             # torch's own: diffusers' `to` warns about modules it would rather keep in float32, of which there are none.
             torch.nn.Module.to(getattr(pipe, name), dtype)

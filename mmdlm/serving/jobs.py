@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmdlm import sequence
 from mmdlm.errors import InputError
-from mmdlm.pipelines import MMDLMPipeline
+from mmdlm.pipelines import MMDLMPipeline, layouts
 from mmdlm.pipelines.given import Given, given_picture
 from mmdlm.processing import FORMATS, LARGEST_PICTURE, load_image
 from mmdlm.sampling.denoise import Asked, State, passes
@@ -117,6 +117,8 @@ class Studio:
     """
 
     def __init__(self, pipe: MMDLMPipeline, *, largest_picture: int = LARGEST_PICTURE) -> None:
+        # The canvases here are mmdlm's own: a published model would answer them with nonsense.
+        layouts.check_own(pipe.family, pipe.processor.vocabulary, "serving")
         self.pipe, self.presets, self.largest_picture = pipe, pipe.presets, largest_picture
         self.vocabulary = pipe.processor.vocabulary
         self.device: torch.device = pipe.model.device
