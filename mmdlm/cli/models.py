@@ -99,6 +99,8 @@ def verify(
         except InputError as error:
             unreadable = True
             typer.echo(f"mmdlm: {' '.join(str(error).split())}", err=True)
+        except BrokenPipeError:  # whoever reads has seen enough (verify ... | head)
+            raise
         except Exception as error:
             # A bug in one replay must not hide what the other cases say; its traceback stays in sight.
             traceback.print_exc()

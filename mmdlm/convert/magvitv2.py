@@ -57,8 +57,8 @@ def build(config: Mapping[str, Any]) -> LFQTokenizer:
 
 def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> LFQTokenizer's arguments; what it does not say is as published. InputError where it cannot be."""
-    encoder = PUBLISHED_ENCODER | dict(config.get("encoder") or {})
-    decoder = PUBLISHED_DECODER | dict(config.get("decoder") or {})
+    encoder: dict[str, Any] = {**PUBLISHED_ENCODER, **(config.get("encoder") or {})}
+    decoder: dict[str, Any] = {**PUBLISHED_DECODER, **(config.get("decoder") or {})}
     found: dict[str, Any] = {}
     for name, settings in (("encoder", encoder), ("decoder", decoder)):
         where = f"The {name} in config.json"

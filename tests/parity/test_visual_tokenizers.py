@@ -22,11 +22,12 @@ from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.models.vq_tokenizer import VQTokenizer
 
 RECORDED = Path(__file__).parent / "recorded"
+HALVES = Path(__file__).parent / "halves"  # one half of a tokenizer each, no whole cases
 
 
 def half(family: ModuleType, name: str, part: str) -> tuple[LFQTokenizer | VQTokenizer, dict[str, Tensor]]:
     """A tokenizer with the recorded weights of one half (the other's are zeros), and what was recorded."""
-    directory = RECORDED / name
+    directory = HALVES / name
     tokenizer = family.build(json.loads((directory / "config.json").read_text())).eval()
     weights = load_file(directory / "weights.safetensors")
     missing = {
