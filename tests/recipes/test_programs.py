@@ -289,6 +289,7 @@ def torchrun(*command: str | Path) -> str:
 
 
 HALVES = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -302,7 +303,8 @@ for group_bits in (None, 2):
     found = entropies(z, 0.5, group_bits=group_bits)
     gradient = torch.autograd.grad(found.codebook, z)[0]
     torch.save([found.codebook.detach(), gradient], f"{sys.argv[1]}-{rank}-{group_bits}")
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # all is written; on a busy machine gloo's threads sometimes abort the teardown ("terminate called")
 """
 
 

@@ -165,6 +165,7 @@ def test_the_budget_bounds_a_forward_and_nobody_overtakes(studio, started):
     assert tickets[2].future.done()
     gate.open()
     tickets[3].future.result(30)
+    assert engine.stop(30)  # the last pass is reported after its row has its result
     order = [(seen.jobs, seen.rows) for seen in gate.passes]
     guided_at = order.index((1, 2))
     assert guided_at == len(order) - 2 and order[-1] == (1, 1), order
