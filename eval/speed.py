@@ -243,19 +243,23 @@ def fresh_process(config: Config, model: Path, count: int, output: Path) -> tupl
     command = [sys.executable, "-c", "from mmdlm.cli import main; main()", "generate", config.prompt, "-n", str(count)]
     command += ["-o", str(output), "--seed", str(config.seed), "--model", str(model), "--device", "cpu", "--quiet"]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})}
-    with tempfile.TemporaryFile() as said:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)  # the only wait that tells the memory of this one process
-        spent = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            last = said.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-            raise InputError(
-                f"{shlex.join(command[3:])} ended with {process.returncode} ({last[-1]}): mend that first."
-            )
-    return spent, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    done = subprocess.run([sys.executable, "-c", _LAUNCH, *command], capture_output=True, text=True, env=environment)
+    spent, peak, status = (float(word) for word in done.stdout.split())
+    if status:
+        last = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise InputError(f"{shlex.join(command[3:])} ended with {status:.0f} ({last[-1]}): mend that first.")
+    return spent, peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# A process is charged with the memory of the one that started it, as it was then: so a small one starts it. wait4 is
+# the only wait that tells the memory of one process.
+_LAUNCH = """
+import os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - started, usage.ru_maxrss, os.waitstatus_to_exitcode(status))
+"""
 
 
 def alternate(first: Callable[[], Any], second: Callable[[], Any], config: Config) -> tuple[list[float], list[float]]:
