@@ -134,14 +134,18 @@ def test_a_body_that_is_too_large_is_refused_whatever_its_header_says(guarded):
         answer = client.post("/v1/caption", content=bytes(200_000), headers={"content-type": "application/json"})
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
 
-        def chunks():
+        def chunks(head: bytes):
+            yield head
             for _ in range(40):
                 yield bytes(10_000)
 
-        for kind in ("application/json", "multipart/form-data; boundary=x"):
+        # A form that is well begun: a broken one may be refused as such before it is too large.
+        part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        for kind, head in (("application/json", b"{"), ("multipart/form-data; boundary=x", part)):
             # the server may hang up while it is still being sent to
             with contextlib.suppress(httpx.WriteError, httpx.ReadError):
-                assert client.post("/v1/caption", content=chunks(), headers={"content-type": kind}).status_code == 413
+                answer = client.post("/v1/caption", content=chunks(head), headers={"content-type": kind})
+                assert answer.status_code == 413
         url = "data:image/bmp;base64," + base64.b64encode(bytes(90_000)).decode()
         assert client.post("/v1/caption", json={"image_url": url}).status_code == 413
         assert client.get("/v1/models").status_code == 200
