@@ -2,26 +2,25 @@
 
     mmdlm run eval/pictures --config pictures model=RUN/pipeline data=PICTURES out=RUN/judged
     mmdlm run eval/pictures --config pictures data=PICTURES scenes=48 parts=[draw]     # the shipped model, a quick look
+    accelerate launch --num_processes 2 "$(mmdlm path eval/pictures)" --config pictures data=PICTURES
 
 Drawn pictures are judged by a small classifier trained on renders only (`mmdlm.evaluation.judge`); its own accuracy on
 held-out renders, and on what the model's tokenizer makes of them (the ceiling for anything drawn), stands beside every
 score. Captions and answers are compared with the truth. Every share has its Wilson 95 % interval.
 
 Written to `out`: run.json (what makes the numbers again), results.json, results.md (the printed tables), rows.jsonl
-(every single case), and sheets as PNG. Nothing here trains or tunes anything on what a model drew.
+(every single case), the drawn pictures, and sheets as PNG. A run that was killed goes on from what is in `out`. Nothing
+here trains or tunes anything on what a model drew.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import random
-import shlex
-import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,25 +31,27 @@ import torch
 import transformers
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
 import mmdlm
 from mmdlm.assets import shipped_model
 from mmdlm.data.drawings import HELD_OUT_STYLE
 from mmdlm.data.scenes import PictureWorld, Scene
 from mmdlm.errors import InputError
-from mmdlm.evaluation.intervals import percent, share
+from mmdlm.evaluation.geneval import CLASSES, class_right, class_scenes
+from mmdlm.evaluation.intervals import mean_of_shares, share
 from mmdlm.evaluation.judge import SIDE, Judge, JudgeSettings, cached_judge, is_kept_back
-from mmdlm.evaluation.scene_facts import FACTS, caption_facts, facts_right, tally
-from mmdlm.evaluation.sheets import BESIDE, RIGHT, WRONG, Exhibit, labelled_sheet
+from mmdlm.evaluation.picture_report import Report, slug
+from mmdlm.evaluation.processes import share as share_of_work
+from mmdlm.evaluation.scene_facts import caption_facts, facts_right, tally
+from mmdlm.evaluation.sheets import BESIDE, RIGHT, WRONG, Exhibit
 from mmdlm.model_directory import model_hash
-from mmdlm.picture_files import write_whole
+from mmdlm.picture_files import png, write_whole
 from mmdlm.pipelines import ImageToText, TextToImage
+from mmdlm.processing import load_image
 from mmdlm.programs import program_path
 from mmdlm.training.arguments import config_from_arguments, run_program
 
-PARTS = ("draw", "describe", "ask")
-SHEET = 48  # pictures: eight columns, six rows
+PARTS = ("draw", "geneval", "describe", "ask")
 FIRST_SCENE = 1 << 36  # far from the small seeds of training pools, and from the judge's own
 
 
@@ -68,9 +69,11 @@ class Config:
     recipe: str | None = None
     scenes: int = 300  # of each set: training and held-out captions to draw, held-out pictures to describe ...
     questions: int = 600  # drawn by chance from all questions about the held-out pictures
-    judged_renders: int = 600  # to measure the judge itself
+    prompts: int = 50  # of each of GenEval's six classes, once of training scenes and once of held-out compositions
+    judged_renders: int = 600  # to measure the judge itself; 0: it is known
     steps: int | None = None  # of drawing; None: the model's preset
     guidance: float | None = None
+    answer_steps: int | None = None  # of describing and answering; None: the model's presets
     batch_size: int = 32
     seed: int = 0
     device: str = "cpu"
@@ -86,14 +89,14 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             f"parts is {config.parts}, scenes {config.scenes}: expected some of {', '.join(PARTS)}, and 1 or more."
         )
+    mine = share_of_work()
     directory = shipped_model() if config.model is None else Path(config.model)
     draw = TextToImage.from_pretrained(directory)
     torch.nn.Module.to(draw.model, config.device)
     torch.nn.Module.to(draw.visual_tokenizer, config.device)
     draw.set_progress_bar_config(disable=True)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rows.jsonl").unlink(missing_ok=True)
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
 
     # 1. The worlds: what was trained on, what was held out of it, and a style never seen.
     settings, source = trained_on(config, directory)
@@ -102,21 +105,27 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"{directory} draws {size} pixels wide, expected a multiple of {SIDE}: judge another.")
     train = PictureWorld(config.data, split="train", resolution=size, **settings)
     held_out = PictureWorld(config.data, split="held_out", resolution=size, **settings)
-    run = run_facts(config, arguments, directory, settings, source, draw.presets)
-    report = Report(out, run, train)
+    run = run_facts(config, arguments, directory, settings, source, draw.presets) | {"concepts": len(train.concepts)}
+    asked = ("seed", "steps", "guidance", "answer_steps", "device")
+    begun_with = {name: getattr(config, name) for name in asked} | {"model": run["model"]["hash"], "world": settings}
+    report = Report(out, run, begun_with=begun_with, batch_size=config.batch_size, is_main=mine.is_main)
 
     # 2. The judge and its own accuracy: on renders it never saw, and on what the tokenizer makes of them.
-    if "draw" in config.parts:
+    judge = None
+    if mine.is_main and {"draw", "geneval"} & set(config.parts):
         known = max(len(train.concepts), config.judge_concepts) if settings["concepts"] is not None else None
         whole = PictureWorld(config.data, split="all", resolution=SIDE, **(settings | {"concepts": known}))
         judge = cached_judge(whole, config.judge, judge_cache(config), device=config.device)
-        scenes = (held_out.scene(FIRST_SCENE + n) for n in itertools.count((config.seed + 1) * 1_000_000))
-        renders = list(itertools.islice(filter(is_kept_back, scenes), config.judged_renders))
-        judge_itself(judge, renders, draw, report, config)
+    if judge is not None and "draw" in config.parts and config.judged_renders:
+        judge_itself(judge, held_out, draw, report, config)
 
-        # 3. Drawing, from captions of training scenes and of held-out compositions.
-        for name, world in (("training captions", train), ("held-out compositions", held_out)):
+    # 3. Drawing, from captions of training scenes and of held-out compositions; then GenEval's classes of prompts.
+    worlds = {"training captions": train, "held-out compositions": held_out}
+    for name, world in worlds.items():
+        if "draw" in config.parts:
             judge_drawings(judge, take(world, config.scenes, config.seed), draw, report, config, name)
+    if "geneval" in config.parts:
+        judge_classes(judge, worlds, draw, report, config)
 
     # 4. Describing and answering, on renders of held-out compositions; describing also in the style never seen.
     read = ImageToText(draw.model, draw.visual_tokenizer, draw.processor)
@@ -124,32 +133,26 @@ def main(arguments: list[str]) -> None:
     read.set_progress_bar_config(disable=True)
     seen = take(held_out, config.scenes, config.seed)
     if "describe" in config.parts:
-        judge_captions(read, seen, report, config, "held-out compositions")
+        judge_captions(read, seen, train, report, config, "held-out compositions")
         unseen = PictureWorld(config.data, split="all", resolution=size, **(settings | {"styles": [HELD_OUT_STYLE]}))
         # That style may have drawings of concepts that the trained styles lack.
         drawn, known = take(unseen, 2 * config.scenes, config.seed), {concept.name for concept in train.concepts}
         drawn = [scene for scene in drawn if all(thing["concept"] in known for thing in scene.facts["objects"])]
-        judge_captions(read, drawn[: config.scenes], report, config, f"unseen style {HELD_OUT_STYLE}")
+        judge_captions(read, drawn[: config.scenes], train, report, config, f"unseen style {HELD_OUT_STYLE}")
     if "ask" in config.parts:
         judge_answers(read, seen, train, report, config)
-    print(report.page())
-    print(f"\nwritten to {out}: run.json, results.json, results.md, rows.jsonl, sheets")
+    report.finish()
 
 
 # ------------------------------------------------------------------------------------------------- the four parts
 
 
-def judge_itself(judge: Judge, scenes: list[Scene], draw: TextToImage, report: Report, config: Config) -> None:
+def judge_itself(judge: Judge, held_out: PictureWorld, draw: TextToImage, report: Report, config: Config) -> None:
     """The judge on renders of held-out compositions, kept back from it too, and on what the tokenizer makes of them."""
-    renders = np.stack([scene.image for scene in scenes])
-    decoded = []
-    for start in range(0, len(renders), config.batch_size):
-        pixels = torch.from_numpy(renders[start : start + config.batch_size]).permute(0, 3, 1, 2) / 127.5 - 1
-        codes = draw.visual_tokenizer.encode(pixels.to(config.device))
-        decoded += [np.asarray(picture) for picture in draw.processor.images(draw.visual_tokenizer.decode(codes))]
+    seeds = itertools.count(FIRST_SCENE + (config.seed + 1) * 1_000_000)
+    scenes = list(itertools.islice(filter(is_kept_back, map(held_out.scene, seeds)), config.judged_renders))
     confused: Counter[str] = Counter()
-    sets = {"renders of held-out compositions": renders, "the same through the tokenizer": np.stack(decoded)}
-    for name, pictures in sets.items():
+    for name, pictures in renders_and_decoded(scenes, draw, config).items():
         rows = []
         for scene, seen in zip(scenes, judge(pictures), strict=True):
             rows.append((scene.facts["kind"], facts_right(scene.facts, seen.facts, judge.concepts)))
@@ -162,62 +165,156 @@ def judge_itself(judge: Judge, scenes: list[Scene], draw: TextToImage, report: R
     report.note("judge", "confused on renders", dict(confused.most_common(12)))
 
 
+def renders_and_decoded(scenes: list[Scene], draw: TextToImage, config: Config) -> dict[str, np.ndarray]:
+    """The scenes as they are, and as the tokenizer decodes them: uint8 [N, H, H, 3]."""
+    renders = np.stack([scene.image for scene in scenes])
+    decoded = []
+    for start in range(0, len(renders), config.batch_size):
+        pixels = torch.from_numpy(renders[start : start + config.batch_size]).permute(0, 3, 1, 2) / 127.5 - 1
+        codes = draw.visual_tokenizer.encode(pixels.to(config.device))
+        decoded += [np.asarray(picture) for picture in draw.processor.images(draw.visual_tokenizer.decode(codes))]
+    return {"renders of held-out compositions": renders, "the same through the tokenizer": np.stack(decoded)}
+
+
+def drawings(
+    scenes: list[Scene], draw: TextToImage, report: Report, config: Config, name: str
+) -> list[Image.Image] | None:
+    """A drawing of every scene's canonical caption; None but in the first process."""
+    folder = report.out / "pictures"
+
+    def work(numbers: list[int], scenes: list[Scene]) -> list[dict[str, Any]]:
+        # A generator for each picture: what is drawn depends neither on the batch nor on the number of processes.
+        chances = [torch.Generator().manual_seed(config.seed * 1_000_003 + number) for number in numbers]
+        prompts = [scene.caption for scene in scenes]
+        drawn = draw(prompts, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=chances)
+        rows = [{"picture": f"{slug(name)}-{number:05}.png", "prompt": prompt}
+                for number, prompt in zip(numbers, prompts, strict=True)]
+        for row, picture in zip(rows, drawn.images, strict=True):
+            write_whole(folder / row["picture"], png(picture, {"prompt": row["prompt"]}))
+        return rows
+
+    rows = report.run_batches(f"drawn-{slug(name)}", scenes, work)
+    if rows is None:
+        return None
+    if missing := [row["picture"] for row in rows if not (folder / row["picture"]).is_file()]:
+        raise InputError(f"{folder} has lost {len(missing)} pictures, {missing[0]} for one: delete {report.out}.")
+    return [load_image(folder / row["picture"]) for row in rows]
+
+
 def judge_drawings(
-    judge: Judge, scenes: list[Scene], draw: TextToImage, report: Report, config: Config, name: str
+    judge: Judge | None, scenes: list[Scene], draw: TextToImage, report: Report, config: Config, name: str
 ) -> None:
     """Draw every scene's canonical caption, and let the judge compare what it sees with the scene's facts."""
-    pictures: list[Image.Image] = []
-    for start in tqdm(range(0, len(scenes), config.batch_size), desc=f"drawing {name}", unit="batch"):
-        prompts = [scene.caption for scene in scenes[start : start + config.batch_size]]
-        # A generator for each picture: what is drawn does not depend on the size of the batch.
-        chances = [torch.Generator().manual_seed(config.seed * 1_000_003 + start + n) for n in range(len(prompts))]
-        drawn = draw(prompts, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=chances)
-        pictures += drawn.images
+    pictures = drawings(scenes, draw, report, config, name)
+    if pictures is None or judge is None:
+        return
     rows, exhibits = [], []
     judged = judge(np.stack([np.asarray(picture) for picture in pictures]))
-    for scene, picture, seen in zip(scenes, pictures, judged, strict=True):
+    for number, (scene, picture, seen) in enumerate(zip(scenes, pictures, judged, strict=True)):
         right = facts_right(scene.facts, seen.facts, judge.concepts)
         rows.append((scene.facts["kind"], right))
-        report.row(part="draw", set=name, prompt=scene.caption, seen=seen.facts, sure=seen.sure, right=right)
+        report.row("draw", name, number, right["all"], prompt=scene.caption, seen=seen.facts, sure=seen.sure,
+                   right=right)
         exhibits.append(Exhibit(picture, [(scene.caption, RIGHT)], wrong=not right["all"]))
     report.add("draw", name, tally(rows))
     report.sheet(f"drawn, {name}", exhibits)
 
 
-def judge_captions(read: ImageToText, scenes: list[Scene], report: Report, config: Config, name: str) -> None:
+def judge_classes(
+    judge: Judge | None, worlds: dict[str, PictureWorld], draw: TextToImage, report: Report, config: Config
+) -> None:
+    """GenEval's classes: what is drawn from their prompts, beside what the judge makes of real pictures of them."""
+    ceilings = {}
+    first = FIRST_SCENE + (1 << 34) + config.seed * 10_000_000
+    held_out = worlds["held-out compositions"]
+    for name in CLASSES if judge is not None and config.judged_renders else ():
+        count = -(-config.judged_renders // len(CLASSES))
+        scenes = class_scenes(held_out, name, count, first=first + (1 << 32), keep=is_kept_back)
+        sets = renders_and_decoded(scenes, draw, config).values()
+        ceilings[name] = [class_share(judge, name, scenes, pictures) for pictures in sets]
+    for title, world in worlds.items():
+        scenes = {name: class_scenes(world, name, config.prompts, first=first) for name in CLASSES}
+        pictures = drawings(list(itertools.chain(*scenes.values())), draw, report, config, f"classes, {title}")
+        if pictures is None or judge is None:
+            continue
+        counted: dict[str, dict[str, Any]] = {}
+        for place, name in enumerate(CLASSES):
+            own = np.stack([np.asarray(picture) for picture in pictures[place * config.prompts :][: config.prompts]])
+            real, through = ceilings.get(name, (share(0, 0), share(0, 0)))
+            counted[name] = {
+                "drawn": class_share(judge, name, scenes[name], own, report, title),
+                "the judge on renders": real,
+                "the judge on renders through the tokenizer": through,
+            }
+        means = {column: mean_of_shares([row[column] for row in counted.values()]) for column in counted["colors"]}
+        report.add("geneval", title, counted | {"mean of classes": means})
+
+
+def class_share(
+    judge: Judge, name: str, scenes: list[Scene], pictures: np.ndarray, report: Report | None = None, title: str = ""
+) -> dict[str, Any]:
+    """How many pictures are right in what their class asks for; each case goes into the report, if there is one."""
+    right = []
+    for number, (scene, seen) in enumerate(zip(scenes, judge(pictures), strict=True)):
+        right.append(class_right(name, scene.facts, seen.facts, judge.concepts))
+        if report is not None:
+            report.row("geneval", f"{title}, {name}", number, right[-1], prompt=scene.caption, seen=seen.facts)
+    return share(sum(right), len(right))
+
+
+def judge_captions(
+    read: ImageToText, scenes: list[Scene], train: PictureWorld, report: Report, config: Config, name: str
+) -> None:
     """Describe every scene: the canonical caption to the letter, and the facts that the caption states."""
-    said: list[str] = []
-    for start in tqdm(range(0, len(scenes), config.batch_size), desc=f"describing {name}", unit="batch"):
-        images = [Image.fromarray(scene.image) for scene in scenes[start : start + config.batch_size]]
-        said += read(images).texts
+
+    def work(numbers: list[int], scenes: list[Scene]) -> list[dict[str, Any]]:
+        texts = read([Image.fromarray(scene.image) for scene in scenes],
+                     num_inference_steps=config.answer_steps, generator=chances(numbers)).texts
+        return [{"said": text} for text in texts]
+
+    said = report.run_batches(f"captions-{slug(name)}", scenes, work)
+    if said is None:
+        return
     rows, exhibits = [], []
-    for scene, caption in zip(scenes, said, strict=True):
-        right = facts_right(scene.facts, caption_facts(caption, report.world.concepts), report.world.concepts)
+    for number, (scene, caption) in enumerate(zip(scenes, (row["said"] for row in said), strict=True)):
+        right = facts_right(scene.facts, caption_facts(caption, train.concepts), train.concepts)
         right["exact"] = caption == scene.caption
         rows.append((scene.facts["kind"], right))
-        report.row(part="describe", set=name, true=scene.caption, said=caption, right=right)
+        report.row("describe", name, number, right["exact"], true=scene.caption, said=caption, right=right)
         lines = [(caption, RIGHT)] if right["exact"] else [(caption, WRONG), (scene.caption, BESIDE)]
         exhibits.append(Exhibit(Image.fromarray(scene.image), lines, wrong=not right["exact"]))
     report.add("describe", name, tally(rows))
     report.sheet(f"captions, {name}", exhibits)
 
 
-def judge_answers(read: ImageToText, scenes: list[Scene], train: PictureWorld, report: Report, config: Config) -> None:
+def judge_answers(
+    read: ImageToText, scenes: list[Scene], train: PictureWorld, report: Report, config: Config
+) -> None:
     """Answers to the letter, for each kind of question; beside them the answers of one who never looks."""
     asked = [(scene, *question) for scene in scenes for question in scene.questions]
     asked = random.Random(config.seed).sample(asked, min(config.questions, len(asked)))
+
+    def work(numbers: list[int], cases: list[tuple[Scene, str, str, str]]) -> list[dict[str, Any]]:
+        images, questions = [Image.fromarray(case[0].image) for case in cases], [case[1] for case in cases]
+        texts = read(images, questions, num_inference_steps=config.answer_steps, generator=chances(numbers)).texts
+        return [{"said": text} for text in texts]
+
+    said = report.run_batches("answers", asked, work)
+    if said is None:
+        return
     blind = blind_answers(take(train, 4000, config.seed + 2))
     rows: list[tuple[str, dict[str, bool]]] = []
-    for start in tqdm(range(0, len(asked), config.batch_size), desc="answering", unit="batch"):
-        batch = asked[start : start + config.batch_size]
-        images, questions = [Image.fromarray(case[0].image) for case in batch], [case[1] for case in batch]
-        texts = read(images, questions).texts
-        for (scene, question, answer, kind), text in zip(batch, texts, strict=True):
-            guess = blind[0].get(question, blind[1].get(kind, ""))
-            right = {"answer": text == answer, "without looking": guess == answer}
-            rows.append((kind, right))
-            report.row(part="ask", picture=scene.caption, question=question, true=answer, said=text, right=right)
+    for number, ((scene, question, answer, kind), row) in enumerate(zip(asked, said, strict=True)):
+        guess = blind[0].get(question, blind[1].get(kind, ""))
+        right = {"answer": row["said"] == answer, "without looking": guess == answer}
+        rows.append((kind, right))
+        report.row("ask", "held-out compositions", number, right["answer"], picture=scene.caption, question=question,
+                   true=answer, said=row["said"], right=right)
     report.add("ask", "held-out compositions", tally(rows))
+
+
+def chances(numbers: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
 
 
 def blind_answers(scenes: Iterable[Scene]) -> tuple[dict[str, str], dict[str, str]]:
@@ -283,7 +380,9 @@ def run_facts(
     """All that makes the numbers again."""
     on = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{platform.machine()} CPU"
     return {
-        "command": shlex.join(["mmdlm", "run", "eval/pictures", *arguments]),
+        "kind": "pictures",
+        # without its directory: `mmdlm eval reproduce` gives another
+        "command": ["mmdlm", "run", "eval/pictures", *(word for word in arguments if not word.startswith("out="))],
         "seed": config.seed,
         "settings": asdict(config),
         "model": {"directory": str(directory), "hash": model_hash(directory), "presets": presets},
@@ -294,75 +393,6 @@ def run_facts(
         },
         "hardware": f"{on}, {torch.get_num_threads()} threads",
     }  # fmt: skip
-
-
-class Report:
-    """The results while they come: on disk after every part, so that a kill loses one part only."""
-
-    def __init__(self, out: Path, run: dict[str, Any], world: PictureWorld):
-        self.out, self.run, self.world, self.started = out, run, world, time.monotonic()
-        self.parts: dict[str, dict[str, Any]] = {}
-        write_whole(out / "run.json", json.dumps(run, indent=1).encode())
-
-    def add(self, part: str, name: str, counted: dict[str, Any]) -> None:
-        self.parts.setdefault(part, {})[name] = counted
-        self._write()
-
-    def note(self, part: str, name: str, content: Any) -> None:
-        self.parts[part].setdefault("notes", {})[name] = content
-        self._write()
-
-    def row(self, **case: Any) -> None:
-        with (self.out / "rows.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(case, ensure_ascii=False) + "\n")
-
-    def sheet(self, name: str, exhibits: Sequence[Exhibit]) -> None:
-        path = self.out / f"{name.replace(',', '').replace(' ', '-')}.png"
-        labelled_sheet(exhibits[:SHEET]).save(path)
-
-    def _write(self) -> None:
-        whole = {"run": self.run, "seconds": round(time.monotonic() - self.started), **self.parts}
-        write_whole(self.out / "results.json", json.dumps(whole, indent=1, ensure_ascii=False).encode())
-        write_whole(self.out / "results.md", (self.page() + "\n").encode())
-
-    def page(self) -> str:
-        """Markdown: one table for each part; a share in percent with its 95 % interval."""
-        trained = self.run["trained_on"]
-        lines = [
-            f"`{self.run['command']}`",
-            "",
-            f"Model {self.run['model']['hash']}, {len(self.world.concepts)} concepts, styles "
-            f"{', '.join(trained['styles'])} (said by {trained['said_by']}), {self.run['hardware']}, "
-            f"seed {self.run['seed']}. Wilson 95 % intervals.",
-        ]
-        if "judge" in self.parts:
-            heads = {"judge": "the judge on ", "draw": "drawn from "}
-            rows = [(heads[part] + name, counted) for part in heads for name, counted in self._sets(part)]
-            lines += ["", *table("drawing", [*FACTS], [(name, counted["all kinds"]) for name, counted in rows])]
-            for name, counted in rows[1:]:
-                kinds = [(kind, facts) for kind, facts in counted.items() if kind != "all kinds"]
-                lines += ["", *table(name, [*FACTS], kinds)]
-            confused = self.parts["judge"].get("notes", {}).get("confused on renders", {})
-            told = ", ".join(f"{pair} ({count})" for pair, count in confused.items()) or "nothing"
-            lines += ["", f"What the judge confused on renders (it counts as wrong): {told}."]
-        for name, counted in self._sets("describe"):
-            lines += ["", *table(f"captions: {name}", ["exact", *FACTS], list(counted.items()))]
-        for name, counted in self._sets("ask"):
-            lines += ["", *table(f"answers: {name}", ["answer", "without looking"], list(counted.items()))]
-        return "\n".join(lines)
-
-    def _sets(self, part: str) -> list[tuple[str, Any]]:
-        return [(name, counted) for name, counted in self.parts.get(part, {}).items() if name != "notes"]
-
-
-def table(title: str, columns: list[str], rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Markdown rows; the number of cases stands beside each name."""
-    lines = [f"| {title} | cases | " + " | ".join(columns) + " |", "|---|---:|" + "---|" * len(columns)]
-    for name, facts in rows:
-        cases = max(counted["total"] for counted in facts.values())
-        cells = (percent(facts.get(column, share(0, 0))) for column in columns)
-        lines.append(f"| {name} | {cases} | " + " | ".join(cells) + " |")
-    return lines
 
 
 if __name__ == "__main__":

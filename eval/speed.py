@@ -2,6 +2,7 @@
 
     mmdlm run eval/speed                          # all parts, the shipped model
     mmdlm run eval/speed part=entropy pairs=9     # one part: predictor, entropy or generate
+    mmdlm run eval/speed --training pairs=5       # a training step: the program eval/training_speed, its settings
 
 predictor: a forward of the mask predictor against its own matrix products run bare (the floor: nothing else could take
     less), for one picture and for several.
@@ -66,6 +67,9 @@ class Config:
 
 
 def main(arguments: list[str]) -> None:
+    if "--training" in arguments:
+        rest = [word for word in arguments if word != "--training"]
+        raise SystemExit(subprocess.call([sys.executable, str(Path(__file__).with_name("training_speed.py")), *rest]))
     config = config_from_arguments(Config, arguments, program=__file__)
     try:
         measure(config, arguments)
@@ -104,7 +108,7 @@ def predictor(config: Config) -> list[Row]:
     pipe = TextToImage.from_pretrained(config.model)
     results = []
     for count in config.rows:
-        canvas, _ = pipe.prepare([config.prompt], count, 1.0)
+        canvas, *_ = pipe.prepare([config.prompt], count, 1.0)
         where = canvas.editable.nonzero()[:, 1].view(count, -1)
         columns = pipe.processor.vocabulary.image_columns
 

@@ -22,6 +22,7 @@ from mmdlm.schedules import linear
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # ids [B, L], where [B, W] -> logits [B, W, V]
 Normalizer = Literal["tokens", "rows"] | float | Tensor
+_LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32; smaller pieces make the matrix products slower
 
 
 def supervised_places(supervised: Tensor) -> Tensor:
@@ -139,20 +140,30 @@ def likelihood_bound(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int = 4096
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
 ) -> Tensor:
     """sum over n of weights[n] * cross_entropy(hidden[n] @ weight.T, targets[n]), never holding all logits at once.
 
     hidden float [N, D]; weight float [V, D], the head; targets int [N] in [0, V); weights float [N]. Returns a
-    scalar in float32 or better; divide by the normalizer outside. `chunk` rows of logits exist at a time, and the
-    gradients are made in the same pass, so nothing is computed twice (as Liger's kernel, arXiv:2410.10989). Gradients
-    flow to hidden and weight, once; none to weights. The slow twin is `denoising_loss(hidden @ weight.T, ...)`.
+    scalar in float32 or better; divide by the normalizer outside. `chunk` rows of logits exist at a time (None: 4096,
+    or as many as have 2^25 logits), and the gradients are made in the same pass, so nothing is computed twice and
+    nothing [N, V] waits for the backward pass (as Liger's kernel, arXiv:2410.10989). Gradients flow to hidden and
+    weight, once; none to weights. The slow twin is `denoising_loss(hidden @ weight.T, ...)`.
     """
+    return linear_cross_entropy_with_nats(hidden, weight, targets, weights, chunk=chunk)[0]
+
+
+def linear_cross_entropy_with_nats(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, and the cross entropy of every target, float [N] in nats, without gradient."""
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weights.shape != targets.shape:
         raise ValueError(
             f"linear_cross_entropy got hidden {tuple(hidden.shape)}, targets {tuple(targets.shape)} and weights "
             f"{tuple(weights.shape)}, expected [N, D], [N] and [N]."
         )
+    if chunk is None:
+        chunk = max(min(_LOGITS_AT_A_TIME // len(weight), 4096), 1)
     if chunk < 1:
         raise ValueError(f"linear_cross_entropy got chunk {chunk}, expected at least 1.")
     _check_targets(targets, weight.shape[0], 0)
@@ -168,16 +179,21 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=precise)
+        nats = hidden.new_empty(len(hidden), dtype=precise)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight, dtype=precise) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             log_p = (hidden[part] @ weight.T).to(precise).log_softmax(dim=-1)
             target, share = targets[part, None], weights[part, None].to(precise)
-            total -= (log_p.gather(1, target) * share).sum()
+            of_target = log_p.gather(1, target)
+            total -= (of_target * share).sum()
+            nats[part] = -of_target[:, 0]
             if to_hidden is None and to_weight is None:
                 continue
             # d(cross entropy)/d(logits) = p - onehot(target)
@@ -189,11 +205,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if to_weight is not None:
                 to_weight += slope.T @ hidden[part]
         ctx.gradients = to_hidden, None if to_weight is None else to_weight.to(weight.dtype)
-        return total
+        ctx.mark_non_differentiable(nats)
+        return total, nats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         to_hidden, to_weight = (None if part is None else part * gradient.to(part.dtype) for part in ctx.gradients)
         return to_hidden, to_weight, None, None, None
 

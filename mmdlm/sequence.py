@@ -6,6 +6,7 @@ Any mask is a task: text-to-image, captioning, questions, infilling, inpainting 
     draw       bos draw      <prompt> eos          boi <H*W codes> eoi       the codes are editable
     describe   bos describe  boi <codes> eoi       <caption> eos eos ...     the a last places are editable
     ask        bos ask       boi <codes> eoi       <question> eos  <answer> eos eos ...   the a last places are editable
+    edit       bos draw      boi <codes> eoi       <prompt> eos    boi <codes> eoi    the second picture's are editable
 
 The eos that fill an answer are targets like any other: by them the model says how long the answer is. B rows, L places.
 """
@@ -137,6 +138,28 @@ def draw_canvas(
     return interleave(
         [
             *_opening("draw_id", vocabulary),
+            text(prompt_ids),
+            text([_special(vocabulary, "eos_id")]),
+            image(codes, *grid, vocabulary, editable=True),
+        ]
+    )
+
+
+def edit_canvas(
+    source: Tensor,
+    prompt_ids: Sequence[int] | Tensor,
+    codes: Tensor | None,
+    grid: tuple[int, int],
+    vocabulary: Vocabulary,
+) -> Canvas:
+    """Picture and text -> picture: drawing with a picture before the words, so no task word of its own is needed.
+
+    source int [h, w] or [h * w], the picture to be changed; codes likewise, the target, or None to be made.
+    """
+    return interleave(
+        [
+            *_opening("draw_id", vocabulary),
+            image(source, *grid, vocabulary),
             text(prompt_ids),
             text([_special(vocabulary, "eos_id")]),
             image(codes, *grid, vocabulary, editable=True),

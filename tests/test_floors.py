@@ -23,6 +23,7 @@ FLOORS = {
     "assets": 0,
     "model_directory": 0,
     "picture_files": 0,
+    "picture_reading": 0,
     "sequence": 1,
     "corruption": 1,
     "attention": 1,

@@ -29,6 +29,8 @@ def spelled(row: torch.Tensor) -> str:
         ("The [MASK:2] is [MASK]", ["The ", Hole(2), " is ", Hole(1)]),
         ("[MASK:{red|light blue}] and [MASK:*]", [Hole(0, ("red", "light blue")), " and ", Hole()]),
         ("[MASK: 3 ][MASK:1]", [Hole(3), Hole(1)]),
+        ("[MASK:2:/[a-z]+/] b", [Hole(2, pattern="[a-z]+"), " b"]),
+        ("a [MASK:*:/(b|c])/]", ["a ", Hole(pattern=" (?:(b|c]))")]),
         ("a [mask] of [MASKS", None),
     ],
 )
@@ -85,3 +87,10 @@ def test_a_bad_template_is_one_sentence(text, words):
     with pytest.raises(InputError, match=words) as raised:
         parse_template(text)
     assert "\n" not in str(raised.value)
+
+
+def test_the_places_of_a_pattern_are_counted_hole_by_hole():
+    layout = lay_out(parse_template("a[MASK:1:/b/] [MASK:{c|dd}][MASK:*:/e/]"), letters, WORDS, least=7)
+    assert layout.pattern.tolist() == [[0, 1, 0, 0, 2, 2, 2], [0, 1, 0, 0, 0, 2, 2]]
+    with pytest.raises(InputError, match="has no tokens"):
+        parse_template("[MASK:0:/a/]")

@@ -1,22 +1,26 @@
 """Trains the visual tokenizer: pictures -> codes -> pictures, top to bottom.
 
     mmdlm run tokenizers/train_lfq --config pictures_f4 data=PICTURES out=RUN
+    mmdlm run tokenizers/train_lfq --config f8_13 data=FOLDER out=RUN [init_from=RUN/visual_tokenizer]
     torchrun --nproc_per_node 2 "$(mmdlm path tokenizers/train_lfq)" --config pictures_f4 data=PICTURES out=RUN
+
+`data` is a picture world, or any pictures: a folder, parquet, tars, a name on the Hub, with captions or without. With
+`init_from` training goes on from a saved tokenizer, whose shape is then the model's.
 
 The loss is MAGVIT-v2's (arXiv 2310.05737, equation 5 and section 3.1): reconstruction + commitment + per-sample entropy
 - codebook entropy, and, after a warm start, an adversarial term weighed as in VQGAN (arXiv 2012.09841, equation 7).
 A run directory holds checkpoints (resumable), metrics.jsonl, curves.png, sheets of held-out pictures beside their
-reconstructions, and at the end `visual_tokenizer/`, the averaged weights as `LFQTokenizer.from_pretrained` reads them.
+reconstructions, `codes-<step>.png` (the use of every code), and at the end `visual_tokenizer/`, the averaged weights as
+`LFQTokenizer.from_pretrained` reads them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -24,7 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmdlm.config import save_config
-from mmdlm.data.scenes import PictureWorld
+from mmdlm.data.picture_batches import Batches, open_batches
+from mmdlm.errors import InputError
 from mmdlm.models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -36,7 +41,12 @@ from mmdlm.models.discriminator import (
 from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
+from mmdlm.training.codebook import advice, draw_dashboard, use_of_codes
 from mmdlm.training.run_log import RunLog, plot_curves
+
+ADVISED = ("sample_entropy", "codebook_entropy", "commitment")
+# What may be changed of a tokenizer that training goes on with: it shapes the loss and no weight.
+LOSS_SETTINGS = ("busy_entropy", "entropy_temperature", "entropy_group_bits")
 
 
 @dataclass
@@ -47,8 +57,8 @@ class Model:
     codebook_bits: int = 10
     encoder_widths: list[int] = field(default_factory=lambda: [64, 128])
     decoder_widths: list[int] = field(default_factory=lambda: [64, 128])
-    encoder_blocks: int = 2
-    decoder_blocks: int = 2
+    encoder_blocks: int | list[int] = 2
+    decoder_blocks: int | list[int] = 2
     stem_patch: int = 2
     cell_encoder: bool = False
     busy_entropy: bool = False
@@ -57,6 +67,10 @@ class Model:
     fsq_levels: list[int] | None = None
     entropy_temperature: float = 0.01
     entropy_group_bits: int | None = None
+    bit_order: str = "big"
+    layout: str = "patched"
+    stem_width: int | None = None
+    code_factors: list[int] | None = None
 
 
 @dataclass
@@ -67,6 +81,8 @@ class Config:
     out: str = "runs/tokenizer"
     init_from: str | None = None
     train_encoder: bool = True
+    held_out_share: float = 0.1
+    picture_fit: str = "pad"
     concepts: int | None = None
     styles: list[str] = field(default_factory=lambda: ["noto", "twemoji", "fluent_flat", "fluent_modern"])
     model: Model = field(default_factory=Model)
@@ -132,10 +148,25 @@ def gradient_distance(made: Tensor, real: Tensor, scales: int = 3) -> Tensor:
     return total / scales
 
 
-def pictures(world: PictureWorld, seeds: range) -> Tensor:
-    """Scenes of the world as pixels [B, 3, H, W] in [-1, 1]."""
-    stack = np.stack([world.scene(seed).image for seed in seeds])
-    return torch.from_numpy(stack).movedim(-1, 1).float() / 127.5 - 1
+def shape_of(config: Config) -> Model:
+    """The model's settings: those of the YAML, or with `init_from` that tokenizer's, of which LOSS_SETTINGS may differ.
+
+    Raises InputError where the YAML states another shape than `init_from` has.
+    """
+    if not config.init_from:
+        return config.model
+    if not (Path(config.init_from) / "config.json").is_file():
+        raise InputError(f"init_from is {config.init_from}, expected a saved tokenizer with its config.json: check it.")
+    saved = LFQTokenizer.load_config(config.init_from)
+    if saved.get("_class_name", "LFQTokenizer") != "LFQTokenizer":
+        raise InputError(f"{config.init_from} holds a {saved['_class_name']}, expected an LFQTokenizer to go on with.")
+    found, stated, usual = {}, asdict(config.model), asdict(Model())
+    for name, value in stated.items():
+        known = saved.get(name, usual[name])
+        found[name] = value if name in LOSS_SETTINGS and value != usual[name] else known
+        if name not in LOSS_SETTINGS and value not in (usual[name], known):
+            raise InputError(f"model.{name} is {value}, but {config.init_from} has {known}: leave model.{name} out.")
+    return replace(config.model, **found)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -150,11 +181,11 @@ def learning_rate(config: Config, step: int) -> float:
 
 @torch.no_grad()
 def validate(
-    model: LFQTokenizer, world: PictureWorld, count: int, device: torch.device
-) -> tuple[dict[str, float], Image.Image]:
-    """PSNR in dB over 8-bit pictures (mean of per-picture values), codes used, perplexity; and a sheet of 16 pairs."""
+    model: LFQTokenizer, batches: Batches, count: int, device: torch.device
+) -> tuple[dict[str, float], Tensor, Image.Image]:
+    """PSNR in dB over 8-bit pictures (mean of per-picture values), use of the codes; how often each came; 16 pairs."""
     model.eval()
-    real = pictures(world, range(count))
+    real = batches.batch(range(min(count, batches.size or count)))
     used = torch.zeros(model.codebook_size, device=device)
     made = []
     for batch in real.split(64):
@@ -165,10 +196,7 @@ def validate(
     rebuilt = torch.cat(made)
     error = ((rebuilt + 1).mul(127.5).round() - (real + 1).mul(127.5).round()).pow(2).mean((1, 2, 3))
     psnr = (20 * math.log10(255) - 10 * error.clamp_min(1e-3).log10()).mean()
-    share = used / used.sum()
-    perplexity = torch.exp(-torch.xlogy(share, share.clamp_min(1e-12)).sum())
-    numbers = {"psnr": float(psnr), "codes_used": float((used > 0).sum()), "perplexity": float(perplexity)}
-    return numbers, sheet(real[:16], rebuilt[:16])
+    return {"psnr": float(psnr), **use_of_codes(used)}, used, sheet(real[:16], rebuilt[:16])
 
 
 def sheet(real: Tensor, rebuilt: Tensor) -> Image.Image:
@@ -188,13 +216,14 @@ def main(arguments: list[str]) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     out = Path(config.out)
-    size = config.model.sample_size
-    train = PictureWorld(config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="train")
-    held_out = PictureWorld(
-        config.data, concepts=config.concepts, styles=config.styles, resolution=size, split="held_out"
-    )
+    config.model = shape_of(config)
+    train, held_out = open_batches(
+        config.data, side=config.model.sample_size, held_out_share=config.held_out_share, seed=config.seed,
+        fit=config.picture_fit, world={"concepts": config.concepts, "styles": config.styles},
+    )  # fmt: skip
 
     model = LFQTokenizer(**vars(config.model))
+    bits = config.model.codebook_bits if config.model.quantizer == "lfq" else None
     if config.init_from:
         model.load_state_dict(LFQTokenizer.from_pretrained(config.init_from).state_dict())
     # With a frozen encoder the codes stay what they are: a decoder can be improved under a predictor trained on them.
@@ -208,6 +237,7 @@ def main(arguments: list[str]) -> None:
     discriminator = PatchDiscriminator() if config.adversarial_weight else None
     judge_optimizer = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9)) if discriminator else None
     score_means = torch.zeros(2, device=device)  # moving averages of the real and the fake score (LeCAM)
+    came = torch.zeros(model.codebook_size, device=device)  # how often each code came since the last report
 
     step = 0
     restored = load_checkpoint(out, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
@@ -218,6 +248,8 @@ def main(arguments: list[str]) -> None:
         optimizer.load_state_dict(state["optimizer"])
         score_means = state["score_means"].to(device)
         step = meta["step"]
+        if accelerator.is_main_process and "came" in state:
+            came += state["came"].to(device)
         if discriminator and judge_optimizer:
             discriminator.load_state_dict(weights["discriminator"])
             judge_optimizer.load_state_dict(state["judge_optimizer"])
@@ -235,7 +267,7 @@ def main(arguments: list[str]) -> None:
             group["lr"] = learning_rate(config, step)
         # A batch is a pure function of step and rank, so that a resumed run sees what the uninterrupted one would have.
         first = (step * world_size + rank) * config.train_batch_size
-        real = pictures(train, range(first, first + config.train_batch_size))
+        real = train.batch(range(first, first + config.train_batch_size))
         real = real.to(device, memory_format=torch.channels_last)
 
         with accelerator.autocast():
@@ -243,14 +275,19 @@ def main(arguments: list[str]) -> None:
         reconstruction = criterion(made.float(), real)
         loss = reconstruction + config.commitment_weight * quantized.commitment
         numbers = {"reconstruction": reconstruction, "commitment": quantized.commitment}
+        came += torch.bincount(quantized.codes.flatten(), minlength=len(came))
         if quantized.entropies is not None and config.train_encoder:
             strength = max(1.0, 4.0 * (1 - step / max(config.entropy_anneal_steps, 1)))
             numbers |= {
                 "sample_entropy": quantized.entropies.per_sample,
                 "codebook_entropy": quantized.entropies.codebook,
             }
-            loss = loss + config.sample_entropy_weight * quantized.entropies.per_sample
-            loss = loss - strength * config.codebook_entropy_weight * quantized.entropies.codebook
+            # As it enters the loss: single codes shall be sure (+), the codebook evenly used (-).
+            numbers["entropy_term"] = (
+                config.sample_entropy_weight * quantized.entropies.per_sample
+                - strength * config.codebook_entropy_weight * quantized.entropies.codebook
+            )
+            loss = loss + numbers["entropy_term"]
         gate = warm_start(step, start=config.adversarial_start, ramp=config.adversarial_ramp)
         if discriminator and gate:
             adversarial = generator_loss(discriminator(made))
@@ -284,6 +321,9 @@ def main(arguments: list[str]) -> None:
                 f"the last checkpoint in {out} is whole"
             )
         if step % config.logging_steps == 0:
+            # Of all processes together: each sees its own pictures only.
+            use = use_of_codes(accelerator.reduce(came, "sum"))
+            came.zero_()
             log.write(
                 step,
                 loss=float(loss.detach()),
@@ -291,25 +331,28 @@ def main(arguments: list[str]) -> None:
                 learning_rate=optimizer.param_groups[0]["lr"],
                 pictures_per_second=seen / (time.monotonic() - clock),
                 **{k: float(v.detach()) for k, v in numbers.items()},
+                **{f"train_{name}": value for name, value in use.items()},
             )
         last = step == config.max_train_steps
         if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
             averaged = LFQTokenizer(**vars(config.model)).to(device)
             averaged.load_state_dict(average.state)
-            found, picture = validate(averaged, held_out, config.validation_pictures, device)
+            found, used, picture = validate(averaged, held_out, config.validation_pictures, device)
             log.write(step, **found)
-            if found["codes_used"] < 0.5 * averaged.codebook_size and step > config.max_train_steps // 2:
-                print(
-                    f"warning: {found['codes_used']:.0f} of {averaged.codebook_size} codes used; raise "
-                    "codebook_entropy_weight towards twice sample_entropy_weight or more",
-                    flush=True,
-                )
+            if step >= config.max_train_steps // 4:
+                now = {k: float(numbers[k].detach()) for k in ADVISED if k in numbers}
+                for line in advice(used, bits=bits, order=config.model.bit_order, **now):
+                    print(f"warning: {line}", flush=True)
+            dashboard = out / f"codes-{step}.png"
+            draw_dashboard(used, dashboard, bits=bits, order=config.model.bit_order, title=f"step {step}: ")
             picture.save(out / f"held_out-{step}.png")
             averaged.save_pretrained(out / "visual_tokenizer")
             plot_curves(out)
+        if step % config.checkpointing_steps == 0 or last:
+            came = accelerator.reduce(came, "sum") * accelerator.is_main_process
         if accelerator.is_main_process and (step % config.checkpointing_steps == 0 or last):
             parts = {"model": model.state_dict(), "average": average.state}
-            state = {"optimizer": optimizer.state_dict(), "score_means": score_means}
+            state = {"optimizer": optimizer.state_dict(), "score_means": score_means, "came": came}
             if discriminator and judge_optimizer:
                 parts["discriminator"] = accelerator.unwrap_model(discriminator).state_dict()
                 state["judge_optimizer"] = judge_optimizer.state_dict()

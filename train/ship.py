@@ -31,7 +31,7 @@ class Config:
     card: str | None = None
     draw_steps: int = 16
     guidance_scale: float = 1.5
-    temperature: float = 0.5
+    temperature: float = 0.3
     choice_temperature: float = 4.0
     describe_steps: int = 24
     ask_steps: int = 12

@@ -1,48 +1,55 @@
 """Trains the mask predictor: rows, corruption, loss, step; read it top to bottom.
 
     mmdlm run train/supervised --config pictures data=PICTURES tokenizer=RUN/visual_tokenizer out=RUN
-    torchrun --nproc_per_node 2 "$(mmdlm path train/supervised)" --config pictures data=PICTURES ...
+    accelerate launch --config_file train/accelerate/fsdp2.yaml "$(mmdlm path train/supervised)" --config pictures ...
 
-One batch mixes tasks: text to picture, picture to caption, picture and question to answer, and pictures without words
-(the unconditional branch of guidance). They differ in which places are corruptible and in nothing else. Pictures are
-masked by the cosine schedule with weight 1 (MaskGIT, arXiv 2202.04200), text linearly with weight 1/t (LLaDA, arXiv
-2502.09992). The head runs over supervised places and their modality's columns only: no [B, L, V] tensor ever exists.
+One batch mixes tasks and sources (`mmdlm.training.rows`). Pictures are masked by the cosine schedule with weight 1
+(MaskGIT, arXiv 2202.04200), text linearly with weight 1/t (LLaDA, arXiv 2502.09992). The head runs over supervised
+places and their modality's columns only, in chunks: no [B, L, V] tensor ever exists. A step's rows, noise and
+normalisers are those of its whole batch, however many processes and accumulated parts share it.
 
-A run directory holds checkpoints (resumable), metrics.jsonl, curves.png, sheets of drawings, and `pipeline/`, the model
-directory that every `from_pretrained` and `mmdlm --model` reads.
+`data` is a picture world, a folder of pictures with words (what `open_pairs` takes), or a weighted list of both.
+
+A run directory holds checkpoints (resumable; the newest and the best), metrics.jsonl, report.html, curves.png, sheets
+of drawings, and `pipeline/` (full=true), the model directory that every `from_pretrained` and `mmdlm --model` reads, or
+`adapter/` (full=false), which `--adapter` reads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import random
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from torch import Tensor
+from tqdm import tqdm
 
-from mmdlm import attention
+from mmdlm.assets import shipped_model
 from mmdlm.config import save_config
-from mmdlm.corruption import mask
-from mmdlm.data.coded import CodedScenes, coded_scenes
-from mmdlm.data.scenes import PictureWorld
+from mmdlm.data.coded_sources import folder_hash, open_sources
 from mmdlm.errors import InputError
+from mmdlm.model_directory import model_hash, read_presets
+from mmdlm.models.adapters import add_lora, save_adapter
 from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
+from mmdlm.models.new_words import add_new_words, processor_with, settle_new_words
+from mmdlm.models.packed_attention import attend_by_document
 from mmdlm.models.visual_tokenizer import LFQTokenizer
-from mmdlm.objectives import linear_cross_entropy, supervised_places
-from mmdlm.pipelines import TextToImage
+from mmdlm.pipelines import DEFAULT_PRESETS, TextToImage
+from mmdlm.pipelines.run_samples import save_samples
 from mmdlm.processing import MMDLMProcessor
-from mmdlm.schedules import by_modality, sample_t, schedule_by_name
-from mmdlm.sequence import IMAGE, Canvas, ask_canvas, batch, describe_canvas, draw_canvas
 from mmdlm.text_tokenizer import train_text_tokenizer
+from mmdlm.training import checkpoints, traps
 from mmdlm.training.arguments import config_from_arguments, run_program
-from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
+from mmdlm.training.held_out import validate
+from mmdlm.training.interrupts import StopRequest
+from mmdlm.training.masked_loss import MaskedLoss, NoiseSettings, corrupt, measured, normalisers, pack
+from mmdlm.training.optimizing import OptimizerSettings, build_optimizers, learning_share
+from mmdlm.training.processes import gathered, largest, load_optimizer, peak_memory, spread_like, summed
+from mmdlm.training.report import write_report
+from mmdlm.training.rows import Pool, Rows, RowSettings, widened
 from mmdlm.training.run_log import RunLog, plot_curves
 from mmdlm.vocabulary import Vocabulary
 
@@ -60,13 +67,23 @@ class Trunk:
 
 
 @dataclass
-class Config:
-    """Everything a run depends on; a YAML states what differs from these defaults."""
+class Source:
+    """One of several sources of rows."""
 
-    data: str = ""
-    tokenizer: str = ""
+    path: str
+    weight: float = 1.0
+
+
+@dataclass
+class Config(RowSettings, NoiseSettings, OptimizerSettings):
+    """Everything a run depends on; a YAML states what differs from these defaults and those of the three above."""
+
+    data: str | list[Source] = ""
+    tokenizer: str = ""  # default: that of init_from
     out: str = "runs/predictor"
     init_from: str | None = None  # a model directory, whose weights and words a run starts from
+    resolution: int | None = None  # side of a picture in pixels; default the tokenizer's
+    held_out_share: float = 0.1  # of paired data
     concepts: int | None = None
     styles: list[str] = field(default_factory=lambda: ["noto", "twemoji", "fluent_flat", "fluent_modern"])
     kind_weights: dict[str, float] | None = None
@@ -76,27 +93,20 @@ class Config:
     trunk: Trunk = field(default_factory=Trunk)
     image_fold: int = 1
     max_positions: int = 1024
-    draw_share: float = 0.6
-    describe_share: float = 0.2
-    prompt_dropout: float = 0.1
-    canonical_share: float = 0.5
-    caption_length: int = 24
-    answer_length: int = 12
-    image_schedule: str = "maskgit"
-    text_schedule: str = "linear"
-    text_weight: float = 0.3
-    minimum_t: float = 0.02
-    seed: int = 0
-    train_batch_size: int = 32
+    full: bool = True  # False: an adapter (LoRA) on frozen weights, of the shipped model where init_from is empty
+    rank: int = 16
+    lora_alpha: float | None = None  # default: rank
+    lora_targets: list[str] | None = None
+    new_words: list[str] = field(default_factory=list)  # that get an id of their own, beside those of init_from
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    pack: bool = False  # short rows share one of max_positions places, or of pack_length
+    pack_length: int | None = None
+    train_batch_size: int = 32  # rows of one process and one accumulated part
     max_train_steps: int = 100_000
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.01
-    lr_warmup_steps: int = 200
-    lr_end: float = 0.02
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
+    num_train_epochs: float | None = None  # instead of max_train_steps: passes over the first source
+    text_weight: float = 0.3
+    mixed_precision: str | bool = "no"  # YAML reads a bare no as false
     ema_decay: float = 0.999
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -105,318 +115,285 @@ class Config:
     validation_scenes: int = 512
     validation_prompts: list[str] = field(default_factory=list)
     resume_from_checkpoint: str | None = "latest"
+    report_to: str = "tensorboard"  # any tracker that accelerate knows, or none
 
 
-class Rows:
-    """Batches of canvases: a pure function of (seed, step, process), so that a resumed run sees the same rows."""
-
-    def __init__(self, scenes: CodedScenes, config: Config, processor: MMDLMProcessor):
-        self.scenes, self.config, self.vocabulary = scenes, config, processor.vocabulary
-        self.grid = (scenes.codes.shape[1], scenes.codes.shape[2])
-        self.text_ids = processor.text_ids
-        self.known: dict[str, list[int]] = {}
-        self.everything = list(range(len(scenes)))
-        # At the door, not in the middle of the night: every target must fit with its eos.
-        captions = max(len(self.ids(captions[0])) for captions in scenes.captions)
-        answers = max(len(self.ids(answer)) for pairs in scenes.questions for _, answer in pairs)
-        if captions >= config.caption_length or answers >= config.answer_length:
-            raise InputError(
-                f"the longest caption has {captions} tokens and the longest answer {answers}: set caption_length above "
-                f"the one (now {config.caption_length}) and answer_length above the other (now {config.answer_length})"
-            )
-        self.singles = [n for n, kind in enumerate(scenes.kinds) if kind == "single"]
-
-    def batch(self, number: int, size: int, *, singles: bool = False) -> tuple[Canvas, Tensor]:
-        """Batch `number`: (canvas [B, L], valid [B, L]); `singles` leaves out scenes of several or changed objects."""
-        chance = random.Random(f"{self.config.seed}-{number}")
-        pool = self.singles if singles else self.everything
-        return batch([self.row(chance, chance.choice(pool)) for _ in range(size)], pad_id=self.vocabulary.pad_id)
-
-    def row(self, chance: random.Random, n: int) -> Canvas:
-        """Scene n as a row of one task."""
-        c = self.config
-        codes = self.scenes.codes[n].long()
-        task = chance.random()
-        if task < c.draw_share:
-            prompt = "" if chance.random() < c.prompt_dropout else self.phrasing(n, chance)
-            return draw_canvas(self.ids(prompt), codes, self.grid, self.vocabulary)
-        if task < c.draw_share + c.describe_share:
-            caption = self.ids(self.scenes.captions[n][0])
-            return describe_canvas(codes, self.grid, caption, c.caption_length, self.vocabulary)
-        question, answer = chance.choice(self.scenes.questions[n])
-        return ask_canvas(codes, self.grid, self.ids(question), self.ids(answer), c.answer_length, self.vocabulary)
-
-    def phrasing(self, n: int, chance: random.Random) -> str:
-        captions = self.scenes.captions[n]
-        return captions[0] if chance.random() < self.config.canonical_share else chance.choice(captions)
-
-    def ids(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self.text_ids(text) if text else []
-        return self.known[text]
-
-
-def masked_losses(
-    model: torch.nn.Module,
-    inner: MaskPredictor,
-    canvas: Canvas,
-    valid: Tensor,
-    config: Config,
-    generator: torch.Generator,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Corrupts a batch and asks the model once: {modality: (sum of weighted losses, normaliser)}.
-
-    Images are normalised by the number of masked places, text by the length of the answers (LLaDA, equation 5).
-    """
-    text = schedule_by_name(config.text_schedule)
-    schedule = by_modality(canvas.modality, text=text, image=schedule_by_name(config.image_schedule))
-    t = sample_t(len(canvas.ids), generator=generator, minimum=config.minimum_t).to(canvas.ids.device)
-    corrupted = mask(
-        canvas.ids,
-        t,
-        corruptible=canvas.editable,
-        mask_id=inner.vocabulary.mask_id,
-        schedule=schedule,
-        generator=generator,
-        at_least_one=True,
+def main(arguments: list[str]) -> None:
+    config = config_from_arguments(Config, arguments, program=__file__)
+    if not config.full and not config.init_from:
+        config.init_from = str(shipped_model())
+    if config.init_from and not config.tokenizer:
+        config.tokenizer = str(Path(config.init_from) / "visual_tokenizer")
+    for name in ("data", "tokenizer"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty: give {name}=DIR, or init_from=MODEL, which has a tokenizer.")
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision or "no",
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.out,
     )
-    where = supervised_places(corrupted.supervised)
-    seen = attention.full(valid)
-    hidden = model(
-        corrupted.x_t, attention_mask=seen, position_ids=canvas.positions, grid=canvas.grid, where=where, columns=(0, 0)
-    ).hidden
-    asked = corrupted.supervised.gather(1, where)
-    targets, weights = canvas.ids.gather(1, where), corrupted.weight.gather(1, where)
-    is_image = canvas.modality.gather(1, where) == IMAGE
-    losses = {}
-    for name, chosen, columns in (
-        ("image", asked & is_image, inner.vocabulary.image_columns),
-        ("text", asked & ~is_image, inner.vocabulary.text_columns),
-    ):
-        total = linear_cross_entropy(
-            hidden[chosen], inner.head_rows(columns), targets[chosen] - columns[0], weights[chosen]
-        )
-        places = chosen if name == "image" else canvas.editable & (canvas.modality != IMAGE)
-        losses[name] = (total, places.sum().clamp_min(1))
-    return losses
+    if accelerator.state.deepspeed_plugin is not None:  # it asks for what a prepared data loader would tell it
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+    with checkpoints.disk_guard(Path(config.out)), StopRequest() as stop:
+        train(config, accelerator, stop)
+    accelerator.end_training()
 
 
-def build_processor(scenes: CodedScenes, config: Config, tokenizer: LFQTokenizer) -> MMDLMProcessor:
-    """A byte-level BPE learned on the pool's words, and the shared vocabulary: text ids, then image codes."""
-    words = [text for captions in scenes.captions for text in captions]
-    words += [text for pairs in scenes.questions for pair in pairs for text in pair]
+def build_processor(pools: list[Pool], config: Config, tokenizer: LFQTokenizer, resolution: int) -> MMDLMProcessor:
+    """A byte-level BPE learned on the pools' words, and the shared vocabulary: text ids, then image codes."""
+    words = [text for pool in pools for captions in pool.rows.captions for text in captions]
+    words += [text for pool in pools for pairs in pool.rows.questions for pair in pairs for text in pair]
     text = train_text_tokenizer(words, config.text_vocab_size)
     names = {"mask_id": "mask", "bos_id": "bos", "eos_id": "eos", "pad_id": "pad", "boi_id": "boi", "eoi_id": "eoi"}
     names |= {"draw_id": "draw", "describe_id": "describe", "ask_id": "ask"}
     ids = {key: text.convert_tokens_to_ids(f"<|{word}|>") for key, word in names.items()}
     vocabulary = Vocabulary(text_size=len(text), image_start=len(text), image_size=tokenizer.codebook_size, **ids)
-    return MMDLMProcessor(text, vocabulary=vocabulary.to_dict(), image_size=tokenizer.config["sample_size"])
+    return MMDLMProcessor(text, vocabulary=vocabulary.to_dict(), image_size=resolution)
 
 
-def build_model(config: Config, vocabulary: Vocabulary, tokenizer: LFQTokenizer) -> MaskPredictor:
-    side = tokenizer.config["sample_size"] // tokenizer.downsample
-    bits = tokenizer.config["codebook_bits"] if tokenizer.config["quantizer"] == "lfq" else 0
-    return MaskPredictor(
-        MaskPredictorConfig(
-            trunk=asdict(config.trunk) | {"max_position_embeddings": config.max_positions},
-            vocabulary=vocabulary.to_dict(),
-            code_bits=bits,
-            bit_order=tokenizer.config["bit_order"],
-            image_side=side,
-            image_fold=config.image_fold,
-            max_positions=config.max_positions,
+def build_model(config: Config, processor: MMDLMProcessor, tokenizer: LFQTokenizer, longest: int) -> MaskPredictor:
+    """The model that is trained: fresh or init_from's, with an adapter where full is false."""
+    if config.init_from:
+        saved = MaskPredictor.from_pretrained(Path(config.init_from) / "model", dtype=torch.float32)
+        # Copied: tensors of a mapped file may lie at odd addresses, where sums differ in their last bit.
+        model = MaskPredictor(saved.config)
+        model.load_state_dict(saved.state_dict())
+        if config.new_words:
+            add_new_words(model, config.new_words)
+            if config.full:
+                settle_new_words(model)
+    else:
+        model = MaskPredictor(
+            MaskPredictorConfig(
+                trunk=asdict(config.trunk) | {"max_position_embeddings": config.max_positions},
+                vocabulary=processor.vocabulary.to_dict(),
+                code_bits=tokenizer.config["codebook_bits"] if tokenizer.config["quantizer"] == "lfq" else 0,
+                bit_order=tokenizer.config["bit_order"],
+                image_side=processor.image_size // tokenizer.downsample,
+                image_fold=config.image_fold,
+                max_positions=config.max_positions,
+            )
         )
-    )
+    allowed = max(model.config.max_positions, config.max_positions if config.full else 0)
+    if longest > allowed:
+        raise InputError(f"the longest row has {longest} tokens, expected at most max_positions {allowed}: shorten it")
+    model.config.max_positions = max(model.config.max_positions, longest)
+    if not config.full:
+        torch.manual_seed(config.seed)
+        add_lora(model, rank=config.rank, alpha=config.lora_alpha, targets=config.lora_targets)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
-def build_optimizers(model: MaskPredictor, config: Config) -> list[tuple[torch.optim.Optimizer, float]]:
-    """(optimizer, peak learning rate): AdamW for everything, or Muon (torch's own) for the trunk's matrices first."""
-    matrices = [p for n, p in model.trunk.named_parameters() if p.ndim == 2 and "embed" not in n]
-    if config.optimizer == "adamw":
-        matrices = []
-    elif config.optimizer != "muon":
-        raise InputError(f"optimizer is {config.optimizer!r}, expected 'adamw' or 'muon'")
-    elif not hasattr(torch.optim, "Muon"):
-        raise InputError(
-            f"optimizer is 'muon', which torch {torch.__version__} lacks: use torch 2.9 or later, or adamw"
-        )
-    chosen = {id(p) for p in matrices}
-    decayed = [p for p in model.parameters() if id(p) not in chosen and p.ndim == 2]
-    rest = [p for p in model.parameters() if id(p) not in chosen and p.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, config.learning_rate)]
-    if matrices:
-        muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-        optimizers.append((muon, config.muon_learning_rate))
-    return optimizers
-
-
-def learning_share(config: Config, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine down to `lr_end`."""
-    if step < config.lr_warmup_steps:
-        return (step + 1) / config.lr_warmup_steps
-    share = (step - config.lr_warmup_steps) / max(config.max_train_steps - config.lr_warmup_steps, 1)
-    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-@torch.no_grad()
-def validate(model: MaskPredictor, rows: Rows, config: Config) -> dict[str, float]:
-    """Mean losses over fixed held-out rows, with fixed noise: comparable between steps."""
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    sums: dict[str, list[float]] = {"image": [0.0, 0.0], "text": [0.0, 0.0]}
-    for number in range(max(config.validation_scenes // config.train_batch_size, 1)):
-        canvas, valid = rows.batch(number, config.train_batch_size)
-        canvas = Canvas(*(part.to(model.device) for part in canvas))
-        for name, (total, normaliser) in masked_losses(
-            model, model, canvas, valid.to(model.device), config, generator
-        ).items():
-            sums[name][0] += float(total)
-            sums[name][1] += float(normaliser)
-    return {f"held_out_{name}": total / max(count, 1) for name, (total, count) in sums.items()}
-
-
-def draw_sheet(pipeline: TextToImage, prompts: list[str]) -> Image.Image:
-    """One drawing of every prompt, eight a row, seed 0."""
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(0) for _ in prompts]
-    images = pipeline(prompts, generator=generators).images
-    side = images[0].width * 2
-    canvas = Image.new("RGB", (side * min(len(images), 8), side * -(-len(images) // 8)), "white")
-    for index, image in enumerate(images):
-        canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), (index % 8 * side, index // 8 * side))
-    return canvas
-
-
-def folder_hash(folder: Path) -> str:
-    """Of the weights and settings of a saved tokenizer: keys the pool of codes."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file())).hexdigest()[:16]
-
-
-def main(arguments: list[str]) -> None:
-    config = config_from_arguments(Config, arguments, program=__file__)
-    torch.manual_seed(config.seed)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+def show(pipeline: TextToImage, config: Config, held_out: list[Rows], step: int) -> None:
+    """Writes the model as it stands, pipeline or adapter, and samples of what it does."""
     out = Path(config.out)
+    if config.init_from:
+        pipeline.presets = read_presets(Path(config.init_from), DEFAULT_PRESETS)
+    else:
+        pipeline.presets["describe"]["answer_length"] = config.caption_length
+        pipeline.presets["ask"]["answer_length"] = config.answer_length
+    if config.full:
+        pipeline.save_pretrained(out / "pipeline")
+    else:
+        save_adapter(pipeline.model, out / "adapter", base=model_hash(Path(config.init_from or "")))
+    if config.validation_prompts:
+        save_samples(pipeline, out, step, config.validation_prompts, held_out[0].pools[0].rows if held_out else None)
+
+
+def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    out, main_process = Path(config.out), accelerator.is_main_process
 
     # 1. Pictures as codes, words as ids.
     tokenizer = LFQTokenizer.from_pretrained(config.tokenizer).to(device).eval()
-    size = tokenizer.config["sample_size"]
-    settings = {
-        "concepts": config.concepts,
-        "styles": config.styles,
-        "resolution": size,
-        "kind_weights": config.kind_weights,
-    }
-    pools = {}
-    with accelerator.main_process_first():
-        for split, count in (("train", config.scenes), ("held_out", config.validation_scenes)):
-            world = PictureWorld(config.data, split=split, **settings)
-            key = settings | {"split": split, "tokenizer": folder_hash(Path(config.tokenizer))}
-            pools[split] = coded_scenes(
-                world, range(count), lambda pixels: tokenizer.encode(pixels.to(device)), cache=out / "codes", key=key
-            )
+    known = None
     if config.init_from:
         # The words' ids must stay those that the weights were trained on.
-        processor = MMDLMProcessor.from_pretrained(Path(config.init_from) / "processor")
-    else:
-        processor = build_processor(pools["train"], config, tokenizer)
-    rows, held_out = Rows(pools["train"], config, processor), Rows(pools["held_out"], config, processor)
+        known = MMDLMProcessor.from_pretrained(Path(config.init_from) / "processor")
+        if config.new_words:
+            known = processor_with(known, config.new_words)
+    resolution = config.resolution or (known.image_size if known else tokenizer.config["sample_size"])
+    if known and resolution != known.image_size:
+        raise InputError(f"resolution is {resolution}, but {config.init_from} was trained with {known.image_size}")
+    sources = [Source(config.data)] if isinstance(config.data, str) else config.data
+    with accelerator.main_process_first():
+        coded = open_sources(
+            [(source.path, source.weight) for source in sources],
+            lambda pixels: tokenizer.encode(pixels.to(device)),
+            resolution=resolution,
+            cache=out / "codes",
+            tokenizer=folder_hash(Path(config.tokenizer)),
+            fit=known.picture_fit if known else "pad",
+            scenes=(config.scenes, config.validation_scenes),
+            world={"concepts": config.concepts, "styles": config.styles, "kind_weights": config.kind_weights},
+            held_out_share=config.held_out_share,
+            seed=config.seed,
+        )
+    train_pools, held_pools = ([Pool(*source) for source in half] for half in coded)
+    processor = known or build_processor(train_pools, config, tokenizer, resolution)
+    words = {"text_ids": processor.text_ids, "vocabulary": processor.vocabulary}
+    rows = Rows(train_pools, config, **words)
+    held_out = [Rows([pool], config, **words) for pool in held_pools]
+    longest = max(each.longest() for each in [rows, *held_out])
+    rows_a_step, steps = config.train_batch_size * config.gradient_accumulation_steps, config.max_train_steps
+    if config.num_train_epochs:
+        share = train_pools[0].weight / sum(pool.weight for pool in train_pools)
+        steps = math.ceil(config.num_train_epochs * len(train_pools[0].rows) / (share * rows_a_step * processes))
 
     # 2. Model, optimizers, moving average; a checkpoint where there is one.
-    model = build_model(config, processor.vocabulary, tokenizer).to(device)
-    if config.init_from:
-        model.load_state_dict(MaskPredictor.from_pretrained(Path(config.init_from) / "model").state_dict())
-    average = WeightAverage(model, config.ema_decay)
-    optimizers = build_optimizers(model, config)
-    step = 0
-    restored = load_checkpoint(out, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    model = build_model(config, processor, tokenizer, longest).to(device)
+    pack_length = config.pack_length or model.config.max_positions
+    if config.pack and model.config.image_fold == 1:
+        attend_by_document(model)
+    # A packed row may be longer than any the model knows, for positions start again in it: the check has to allow it.
+    model.config.max_positions = max(model.config.max_positions, pack_length)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peaks = build_optimizers(model, config)
+    restored = checkpoints.load_checkpoint(out, config.resume_from_checkpoint)
     if restored:
-        weights, state, meta = restored
-        model.load_state_dict(weights["model"])
-        average.state = {name: value.to(device) for name, value in weights["average"].items()}
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step = meta["step"]
-    wrapped = accelerator.prepare(model)
-    log = RunLog(out, step=step, enabled=accelerator.is_main_process)
-    if accelerator.is_main_process:
+        if restored[0]["model"].keys() != checkpoints.trained_state(model).keys():
+            raise InputError(f"the checkpoint in {out} trains other weights than these settings: choose another out")
+        model.load_state_dict(restored[0]["model"], strict=config.full)
+    if main_process and not restored:  # what would spoil the run in silence; before any weight is spread
+        presets = read_presets(Path(config.init_from), DEFAULT_PRESETS) if config.init_from else DEFAULT_PRESETS
+        known_mask, guidance = processor.tokenizer.mask_token_id, presets["draw"].get("guidance_scale", 1.0)
+        for warning in traps.warnings(
+            rows, config, model, tokenizer_mask_id=known_mask, guidance_scale=guidance, fresh=not config.init_from
+        ):
+            print(f"warning: {warning}", flush=True)
+    wrapped, *optimizers = accelerator.prepare(MaskedLoss(model), *(optimizer for optimizer, _ in peaks))
+    average = checkpoints.WeightAverage(model, config.ema_decay)
+    step, best = 0, checkpoints.read_best(out)
+    if restored:
+        means = restored[0]["average"].items()
+        average.state = {name: spread_like(v.to(device), average.state[name]) for name, v in means}
+        for optimizer, saved in zip(optimizers, restored[1]["optimizers"], strict=bool(restored[1]["optimizers"])):
+            load_optimizer(optimizer, saved)
+        step = restored[2]["step"]
+    best = best if best and best[0] <= step else None  # not of a later step than the one that is gone on from
+
+    log = RunLog(out, step=step, enabled=main_process, also=lambda numbers, at: accelerator.log(numbers, step=at))
+    accelerator.init_trackers("mmdlm")
+    if main_process:
         save_config(config, out / "config.yaml")
         print(
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-            f"vocabulary {processor.vocabulary.size}, {len(pools['train'])} scenes, "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained, "
+            f"vocabulary {processor.vocabulary.size}, {sum(len(pool.rows) for pool in train_pools)} scenes, "
             f"{processes} process(es) on {device}",
             flush=True,
         )
 
     # 3. The loop.
+    def save() -> None:
+        parts = gathered({"model": checkpoints.trained_state(model), "average": average.state})
+        own = optimizers if accelerator.state.deepspeed_plugin is None else []  # DeepSpeed keeps its moments to itself
+        state = gathered({"optimizers": [optimizer.state_dict() for optimizer in own]})
+        if main_process:
+            keep = {"keep": config.checkpoints_total_limit, "best": best[0] if best else None}
+            checkpoints.save_checkpoint(out, step, weights=parts, state=state, meta={}, **keep)
+
     wrapped.train()
-    clock, seen, tokens = time.monotonic(), 0, 0
-    running: dict[str, float] = {}
-    while step < config.max_train_steps:
-        share = learning_share(config, step)
-        for optimizer, peak in optimizers:
+    names, tokens, clock = [pool.name for pool in train_pools], 0, time.monotonic()
+    sums, table = torch.zeros(5).double(), torch.zeros(1).double()  # sums: text, image, loss, gradient norm, steps
+    bar = tqdm(total=steps, initial=step, unit="step", disable=None if main_process else True)
+    while step < steps:
+        share = learning_share(config, step, steps)
+        for optimizer, (_, peak) in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
-        canvas, valid = rows.batch(
-            step * processes + rank, config.train_batch_size, singles=step < config.singles_first_steps
+        batch = rows.batch(step, rows_a_step, part=(rank, processes), singles=step < config.singles_first_steps)
+        width, stopped = largest(accelerator, [batch.valid.shape[1], stop.asked])
+        if stopped:
+            break
+        # Noise, and what dropout draws, are functions of the step: nothing but the step has to be stored to resume.
+        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        torch.manual_seed(config.seed * 1_000_003 + step * processes + rank)
+        noised = corrupt(
+            *widened(batch, int(width), pad_id=processor.vocabulary.pad_id),
+            mask_id=processor.vocabulary.mask_id,
+            settings=config,
+            generator=noise,
+            share=(rank, processes),
         )
-        canvas, valid = Canvas(*(part.to(device) for part in canvas)), valid.to(device)
-        # Noise is a function of the step too: nothing but the step has to be stored to resume.
-        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step * processes + rank)
-        with accelerator.autocast():
-            losses = masked_losses(wrapped, model, canvas, valid, config, noise)
-        means = {name: total / count for name, (total, count) in losses.items()}
-        loss = means["image"] + config.text_weight * means["text"]
-        for optimizer, _ in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-        average.update(model, step)
+        counts = summed(accelerator, normalisers(noised)).clamp_min(1).float().to(device)
+        losses = torch.zeros(3, device=device)
+        for part in noised.parts(config.gradient_accumulation_steps):
+            if config.pack:
+                part = pack(part, pack_length, image_fold=model.config.image_fold)
+            with accelerator.accumulate(wrapped):
+                found = wrapped(part.to(device), len(names))
+                # Wrappers take the mean over processes, accelerate that over accumulated parts: sums are wanted.
+                text, image = found["text"] / counts[0] * processes, found["image"] / counts[1] * processes
+                loss = image + config.text_weight * text
+                accelerator.backward(loss * config.gradient_accumulation_steps)
+            losses += torch.stack([text, image, loss]).detach()
+            table = table + found["table"].cpu()
+        norm = gathered(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
         step += 1
-        seen += config.train_batch_size * processes
-        tokens += int(valid.sum()) * processes
-
-        if not math.isfinite(float(loss.detach())):
+        now = torch.tensor([*losses.tolist(), float(norm or 0.0), 1.0]).double()
+        if not bool(now.isfinite().all()):
             raise SystemExit(
-                f"the loss became {float(loss.detach())} at step {step}: lower learning_rate or max_grad_norm; "
-                f"the last checkpoint in {out} is whole"
+                f"the loss became {now[2]:g} and its gradient {now[3]:g} at step {step}: lower learning_rate or "
+                f"max_grad_norm; the last checkpoint in {out} is whole"
             )
-        for name, value in {"loss": loss, **means, "gradient_norm": norm}.items():
-            running[name] = running.get(name, 0.0) + float(value.detach())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        average.update(model, step - 1)
+        sums, tokens = sums + now, tokens + int(batch.valid.sum())
+        bar.update()
+
         if step % config.logging_steps == 0:
-            spent = time.monotonic() - clock
-            steps = seen / (config.train_batch_size * processes)
+            spent, count = time.monotonic() - clock, float(sums[4])
+            means = summed(accelerator, sums) / processes / count
             log.write(
                 step,
-                **{name: total / steps for name, total in running.items()},
+                measured(summed(accelerator, table), names),
+                loss=float(means[2]),
+                image=float(means[1]),
+                text=float(means[0]),
+                gradient_norm=float(means[3]),
                 learning_share=share,
-                rows_per_second=seen / spent,
-                tokens_per_second=tokens / spent,
+                rows_per_second=count * rows_a_step * processes / spent,
+                tokens_per_second=float(summed(accelerator, torch.tensor(float(tokens)))) / spent,
+                peak_memory_gb=largest(accelerator, [peak_memory(device)])[0],
             )
-            running, clock, seen, tokens = {}, time.monotonic(), 0, 0
-        last = step == config.max_train_steps
-        if accelerator.is_main_process and (step % config.checkpointing_steps == 0 or last):
-            parts = {"model": model.state_dict(), "average": average.state}
-            state = {"optimizers": [optimizer.state_dict() for optimizer, _ in optimizers]}
-            save_checkpoint(out, step, weights=parts, state=state, meta={}, keep=config.checkpoints_total_limit)
-        if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
-            averaged = build_model(config, processor.vocabulary, tokenizer).to(device)
-            averaged.load_state_dict(average.state)
-            log.write(step, **validate(averaged, held_out, config))
-            pipeline = TextToImage(model=averaged.eval(), visual_tokenizer=tokenizer, processor=processor)
-            pipeline.save_pretrained(out / "pipeline")
-            if config.validation_prompts:
-                draw_sheet(pipeline, config.validation_prompts).save(out / f"drawings-{step}.png")
-            plot_curves(out)
+            sums, table, tokens, clock = torch.zeros_like(sums), torch.zeros(1).double(), 0, time.monotonic()
+        saving = step % config.checkpointing_steps == 0 or step == steps
+        if step % config.validation_steps == 0 or step == steps:
+            held_out_loss, averages = -math.inf, gathered(average.state)
+            if main_process:
+                averaged = build_model(config, processor, tokenizer, longest).to(device)
+                averaged.load_state_dict(averages, strict=config.full)
+                means, details = validate(
+                    averaged, held_out, config, rows=config.validation_scenes, batch_size=config.train_batch_size
+                )
+                log.write(step, details, **means)
+                held_out_loss = means.get("held_out_image", 0.0) + config.text_weight * means.get("held_out_text", 0.0)
+                pipeline = TextToImage(model=averaged.eval(), visual_tokenizer=tokenizer, processor=processor)
+                show(pipeline, config, held_out, step)
+                plot_curves(out)
+                facts = {"data": ", ".join(names), "rows": sum(len(pool.rows) for pool in train_pools), "step": step}
+                facts |= {"parameters trained": f"{trained / 1e6:.2f}M", "processes": processes}
+                write_report(out, title=out.name, facts=facts | {"drawn": " · ".join(config.validation_prompts)})
+            [held_out_loss] = largest(accelerator, [held_out_loss])
+            if held_out and (best is None or held_out_loss < best[1]):
+                best, saving = (step, held_out_loss), True
+        if saving:  # after the look at it: a run whose last checkpoint is whole has everything else too
+            save()
+            if main_process and best and best[0] == step:
+                checkpoints.write_best(out, *best)
         accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        print(json.dumps({"out": str(out / "pipeline"), "steps": step}), flush=True)
-    accelerator.end_training()
+    bar.close()
+    if step < steps:
+        save()
+    if main_process:
+        said = {"out": str(out / ("pipeline" if config.full else "adapter")), "steps": step}
+        print(json.dumps(said | ({"stopped": "SIGTERM"} if step < steps else {})), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,19 @@ import typer
 from typer.core import TyperGroup
 
 from mmdlm import __version__
+from mmdlm.cli.bench import bench
+from mmdlm.cli.caption_folder import caption_folder
 from mmdlm.cli.data import data
 from mmdlm.cli.doctor import doctor
 from mmdlm.cli.evaluate import evaluate
 from mmdlm.cli.fill import fill
+from mmdlm.cli.finetune import finetune, merge
 from mmdlm.cli.models import convert, verify
 from mmdlm.cli.pictures import generate
 from mmdlm.cli.run_programs import ls, path, run
 from mmdlm.cli.score import score
 from mmdlm.cli.serve import serve
+from mmdlm.cli.tune import tune
 from mmdlm.cli.words import _one_line as _one_line
 from mmdlm.cli.words import ask, caption
 from mmdlm.errors import InputError
@@ -43,11 +47,16 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(caption)
 app.command()(ask)
+app.command()(caption_folder)
 app.command()(fill)
 app.command()(score)
+app.command()(finetune)
+app.command()(merge)
 app.command()(convert)
 app.command()(verify)
 app.command()(doctor)
+app.command()(bench)
+app.command()(tune)
 app.command()(serve)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},

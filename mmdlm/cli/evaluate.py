@@ -16,6 +16,7 @@ from mmdlm.cli.evaluate_run import (
     OutOption,
     PicturesOption,
     SeedOption,
+    answers,
     ask_model,
     finish,
     model_facts,
@@ -23,7 +24,7 @@ from mmdlm.cli.evaluate_run import (
     print_results,
     settings_of,
 )
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.loading import AdapterOption, DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline
 from mmdlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def vqa(
     seed: SeedOption = 0,
     batch_size: BatchOption = 8,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -65,6 +67,8 @@ def vqa(
     started = time.monotonic()
     one_source(pictures, answers)
     asked = _questions(benchmark, questions, annotations)
+    if not asked:
+        raise InputError(f"{questions} has no questions, expected at least one: check the file.")
     facts = None
     if answers is not None:
         said = _answers(benchmark, answers, asked)
@@ -73,12 +77,15 @@ def vqa(
         assert pictures is not None
         cases = [(one.id, find_picture(pictures, one.pictures), one.text) for one in asked]
         check_new(output)
-        pipe = load_pipeline("ImageToText", model, device, quiet)
+        pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
         facts = model_facts(pipe, model)
-        begun_with = settings_of(ctx) | {"hash": facts["hash"]}
-        said = ask_model(
+        begun_with = settings_of(ctx) | {"facts": facts}
+        given = ask_model(
             pipe, cases, output, steps=steps, seed=seed, batch_size=batch_size, quiet=quiet, begun_with=begun_with
         )
+        if given is None:
+            return  # the first of several processes has it all
+        said = given
     scored = any(one.answers for one in asked)
     unscored = Scores({"questions": len(asked), "scored": False}, [])
     scores = _score(benchmark, asked, said, answers or "the run") if scored else unscored
@@ -149,11 +156,13 @@ def choices(
     seed: SeedOption = 0,
     batch_size: BatchOption = 64,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Multiple choice twice: by the likelihood bound of every choice, and by what the model writes."""
-    from mmdlm.evaluation.multiple_choice import read_choices, score_choices
+    from mmdlm.evaluation.multiple_choice import choice_nats, read_choices, score_choices
+    from mmdlm.evaluation.processes import run_batches
     from mmdlm.evaluation.result_files import find_picture
     from mmdlm.evaluation.runs import check_new
 
@@ -161,14 +170,24 @@ def choices(
     asked = read_choices(questions)
     paths = [find_picture(pictures, (one.picture,)) for one in asked]
     check_new(output)
-    pipe = load_pipeline("ImageToText", model, device, quiet, own="likelihoods")
+    pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
     facts = model_facts(pipe, model)
-    cases = [(one.id, path, one.text) for one, path in zip(asked, paths, strict=True)]
-    begun_with = settings_of(ctx) | {"hash": facts["hash"]}
-    said = ask_model(pipe, cases, output, steps=steps, seed=seed, batch_size=8, quiet=quiet, begun_with=begun_with)
-    scores = score_choices(
-        pipe, asked, paths, said, samples=samples, seed=seed, batch_size=batch_size, progress=not quiet
+
+    def work(numbers: list[int], places: list[int]) -> list[dict[str, Any]]:
+        cases = [(asked[place].id, paths[place], asked[place].text) for place in places]
+        said = answers(pipe, numbers, cases, steps=steps, seed=seed)
+        judging = {"samples": samples, "seed": seed, "batch_size": batch_size}
+        nats = [choice_nats(pipe, asked[place], paths[place], **judging) for place in places]
+        return [{"answer": text, "nats": each} for text, each in zip(said, nats, strict=True)]
+
+    begun_with = settings_of(ctx) | {"facts": facts}
+    rows = run_batches(
+        output, "choices", range(len(asked)), work, batch_size=8, begun_with=begun_with, progress=not quiet
     )
+    if rows is None:
+        return
+    scores = score_choices(asked, [row["answer"] for row in rows], [row["nats"] for row in rows])
     finish(ctx, output, "choices", scores, started, facts)
 
 
@@ -187,6 +206,7 @@ def captions(
     seed: SeedOption = 0,
     batch_size: BatchOption = 8,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -215,12 +235,15 @@ def captions(
         assert pictures is not None
         cases = [(one.id, find_picture(pictures, one.pictures), None) for one in gold]
         check_new(output)
-        pipe = load_pipeline("ImageToText", model, device, quiet)
+        pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
         facts = model_facts(pipe, model)
-        begun_with = settings_of(ctx) | {"hash": facts["hash"]}
-        said = ask_model(
+        begun_with = settings_of(ctx) | {"facts": facts}
+        given = ask_model(
             pipe, cases, output, steps=steps, seed=seed, batch_size=batch_size, quiet=quiet, begun_with=begun_with
         )
+        if given is None:
+            return
+        said = given
     scores = score_captions(gold, said, answers or "the run", with_java=java)
     write_captions(output / "results.json", said)
     finish(ctx, output, "captions", scores, started, facts)
@@ -236,6 +259,7 @@ def likelihood(
     seed: SeedOption = 0,
     batch_size: BatchOption = 64,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -246,11 +270,24 @@ def likelihood(
     started = time.monotonic()
     pairs = read_pairs(folder)
     check_new(output)
-    pipe = load_pipeline("ImageToText", model, device, quiet, own="likelihoods")
+    pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
+    facts = model_facts(pipe, model)
     scores = measure_pairs(
-        pipe, pairs, samples=samples, pool=pool, seed=seed, batch_size=batch_size, progress=not quiet
-    )
-    finish(ctx, output, "likelihood", scores, started, model_facts(pipe, model))
+        pipe, pairs, output, samples=samples, pool=pool, seed=seed, batch_size=batch_size, progress=not quiet,
+        begun_with=settings_of(ctx) | {"facts": facts},
+    )  # fmt: skip
+    if scores is not None:
+        finish(ctx, output, "likelihood", scores, started, facts)
+
+
+@evaluate.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def harness(ctx: typer.Context) -> None:
+    """lm_eval's own command line, which then knows the model mmdlm: run --model mmdlm --tasks ..."""
+    from mmdlm.cli import lm_harness
+
+    lm_harness.main(ctx.args)
 
 
 @evaluate.command()
@@ -262,13 +299,18 @@ def reproduce(
     """Make an evaluation again, where its paths hold, and say whether the numbers are the same; exit code 1 if not."""
     from mmdlm.evaluation.runs import differences, read_run
 
+    made_again = [["mmdlm", "eval", name] for name in REPRODUCIBLE] + [["mmdlm", "run", "eval/pictures"]]
     then = read_run(run)
     command = then["command"]
-    if list(command[:2]) != ["mmdlm", "eval"] or command[2] not in REPRODUCIBLE:
-        raise InputError(f"{run} was made by {' '.join(command[:3])!r}, expected mmdlm eval {', '.join(REPRODUCIBLE)}.")
+    if not isinstance(command, list) or [*command, "", "", ""][:3] not in made_again:
+        told = " ".join(command[:3]) if isinstance(command, list) else command
+        known = ", ".join(REPRODUCIBLE)
+        raise InputError(f"{run} was made by {told!r}, expected mmdlm eval {known}, or mmdlm run eval/pictures.")
     from mmdlm.cli import app
 
-    code = app([*command[1:], "-o", str(output)], standalone_mode=False)
+    # A program takes its directory as a setting, a command as an option.
+    where = [f"out={output}"] if command[1] == "run" else ["-o", str(output)]
+    code = app([*command[1:], *where], standalone_mode=False)
     if code:
         raise typer.Exit(code)
     now = read_run(output)

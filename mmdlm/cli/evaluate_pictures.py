@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdlm.cli.evaluate_run import BatchOption, OutOption, SeedOption, finish, model_facts
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, StepsOption, load_pipeline, usable_device
+from mmdlm.cli.loading import (
+    AdapterOption,
+    DeviceOption,
+    ModelOption,
+    QuietOption,
+    StepsOption,
+    load_pipeline,
+    usable_device,
+)
 from mmdlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ def images(
     steps: StepsOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 32,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -53,13 +62,18 @@ def images(
     """
     from mmdlm.evaluation.features import default_cache, extractor, folder_features, picture_files
     from mmdlm.evaluation.generation import compare_sets
+    from mmdlm.evaluation.processes import share
     from mmdlm.evaluation.runs import check_new
     from mmdlm.evaluation.vqa import Scores
 
     started = time.monotonic()
     is_model = (generated / "model_index.json").is_file()
+    if not is_model and not share().is_main:
+        return  # only drawing is shared among processes
     if is_model and prompts is None:
         raise InputError(f"{generated} is a model and needs something to draw: give a file with --prompts.")
+    if adapter is not None and not is_model:
+        raise InputError(f"--adapter goes with a model as GENERATED, {generated} is none: leave it out.")
     if clip is not None and prompts is None:
         raise InputError("CLIPScore compares pictures with their prompts: give a file with --prompts.")
     chosen = usable_device(device)
@@ -70,7 +84,10 @@ def images(
     facts, folder = None, generated
     if is_model:
         folder = output / DRAWN
-        facts = _draw(generated, wanted, folder, steps=steps, seed=seed, device=device, quiet=quiet)
+        drawn = _draw(generated, wanted, folder, steps=steps, seed=seed, adapter=adapter, device=device, quiet=quiet)
+        if drawn is None:
+            return  # the first of several processes measures
+        facts = drawn
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         # Generated pictures change with every run: only the reference is worth keeping.
@@ -90,15 +107,12 @@ def images(
 
 def read_prompts(path: Path) -> list[tuple[str | None, str]]:
     """(file name or None, prompt) from lines of text, or from JSON lines {"file_name", "text"}; never empty."""
-    from mmdlm.evaluation.result_files import field, read_jsonl
+    from mmdlm.evaluation.result_files import field, read_jsonl, read_text
 
     if path.suffix == ".jsonl":
         found = [(row.get("file_name"), str(field(row, "text", path)).strip()) for row in read_jsonl(path)]
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}): check the path given to --prompts.") from error
+        lines = read_text(path).splitlines()
         found = [(None, line.strip()) for line in lines if line.strip()]
     if not found or not all(prompt for _, prompt in found):
         raise InputError(f"{path} has {'an empty prompt' if found else 'no prompts'}, expected one on every line.")
@@ -112,50 +126,60 @@ def _draw(
     *,
     steps: int | None,
     seed: int,
+    adapter: Path | None,
     device: str | None,
     quiet: bool,
-) -> dict[str, Any]:
-    """Draw what is not there yet, picture i with seed + i."""
+) -> dict[str, Any] | None:
+    """Draw what is not there yet, picture i with seed + i: the model's facts; None but in the first process."""
     import torch
-    from tqdm import tqdm
 
     from mmdlm.cli.pictures import ROWS_AT_ONCE
+    from mmdlm.evaluation.processes import run_batches
     from mmdlm.picture_files import png, write_whole
 
-    pipe = load_pipeline("TextToImage", model, device, quiet)
+    pipe = load_pipeline("TextToImage", model, device, quiet, adapter=adapter)
     facts = model_facts(pipe, model)
+    weights = " ".join(str(facts[name]) for name in facts if name not in ("directory", "presets"))
     pipe.set_progress_bar_config(disable=True)
     folder.mkdir(exist_ok=True)
     digits = len(str(len(prompts) - 1))
     paths = [folder / f"{number:0{digits}}.png" for number in range(len(prompts))]
-    left = [number for number, path in enumerate(paths) if not _is_drawn(path, facts["hash"], steps, seed + number)]
+    for number, path in enumerate(paths):
+        _check_own(path, weights, steps, seed + number)
     unknown = set(folder.glob("*.png")) - set(paths)
     if unknown:
         raise InputError(f"{folder} holds {len(unknown)} pictures of another run: delete them, or change --output.")
-    with tqdm(total=len(paths), initial=len(paths) - len(left), disable=True if quiet else None, leave=False) as bar:
-        for start in range(0, len(left), ROWS_AT_ONCE):
-            part = left[start : start + ROWS_AT_ONCE]
-            generators = [torch.Generator().manual_seed(seed + number) for number in part]
-            asked = [prompts[number][1] for number in part]
-            drawn = pipe(asked, num_inference_steps=steps, generator=generators).images
-            for number, picture in zip(part, drawn, strict=True):
-                made = {"prompt": prompts[number][1], "seed": seed + number, "steps": steps, "model": facts["hash"]}
-                write_whole(paths[number], png(picture, made))
-            bar.update(len(part))
+
+    def work(numbers: list[int], asked: list[str]) -> list[dict[str, Any]]:
+        generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
+        drawn = pipe(asked, num_inference_steps=steps, generator=generators).images
+        for number, prompt, picture in zip(numbers, asked, drawn, strict=True):
+            made = {"prompt": prompt, "seed": seed + number, "steps": steps, "model": weights}
+            write_whole(paths[number], png(picture, made))
+        return [{"file": paths[number].name} for number in numbers]
+
+    words = [prompt for _, prompt in prompts]
+    begun_with = {"prompts": words, "steps": steps, "seed": seed, "facts": facts}
+    rows = run_batches(
+        folder.parent, "drawn", words, work, batch_size=ROWS_AT_ONCE, begun_with=begun_with, progress=not quiet
+    )
+    if rows is None:
+        return None
+    if missing := [row["file"] for row in rows if not (folder / row["file"]).is_file()]:
+        raise InputError(f"{folder} has lost {len(missing)} pictures, {missing[0]} for one: delete {folder.parent}.")
     return facts
 
 
-def _is_drawn(path: Path, model: str, steps: int | None, seed: int) -> bool:
-    """Whether the picture is there from an earlier start of the same run."""
+def _check_own(path: Path, model: str, steps: int | None, seed: int) -> None:
+    """Raises InputError where the picture is there, and not from an earlier start of the same run."""
     from PIL import Image
 
     if not path.is_file():
-        return False
+        return
     with Image.open(path) as picture:
         text = getattr(picture, "text", {})
     if (text.get("model"), text.get("steps"), text.get("seed")) != (model, str(steps), str(seed)):
         raise InputError(f"{path} was drawn by another run: delete its folder, or choose another output.")
-    return True
 
 
 def _clip_scores(
@@ -198,10 +222,13 @@ def tokenizer(
     Pictures are brought to the model's size first, and that is what the result is compared with.
     """
     from mmdlm.evaluation.features import extractor, picture_files
+    from mmdlm.evaluation.processes import share
     from mmdlm.evaluation.reconstruction import lpips_network, measure_tokenizer
     from mmdlm.evaluation.runs import check_new
 
     started = time.monotonic()
+    if not share().is_main:
+        return  # it is quick: the first of several processes does it all
     files = picture_files(folder)[:limit]
     chosen = usable_device(device)
     if weights is not None and features is None:

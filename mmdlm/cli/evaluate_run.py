@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,9 +54,12 @@ def settings_of(ctx: typer.Context) -> dict[str, Any]:
 def finish(
     ctx: typer.Context, out: Path, kind: str, scores: Scores, started: float, model: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the run and print its numbers."""
+    """Write the run and print its numbers, in the first process of several."""
+    from mmdlm.evaluation.processes import share
     from mmdlm.evaluation.runs import write_run
 
+    if not share().is_main:
+        return
     write_run(
         out,
         kind=kind,
@@ -88,10 +90,11 @@ def model_facts(pipe: Any, model: Path | None) -> dict[str, Any]:
     """What the model was: its directory, the hash of its weights, and the presets it was sampled with."""
     from mmdlm.assets import shipped_model
     from mmdlm.model_directory import model_hash
+    from mmdlm.models.adapters import adapter_facts
 
     directory = model if model is not None else shipped_model()
     shown = str(model) if model is not None else "shipped"
-    return {"directory": shown, "hash": model_hash(directory), "presets": pipe.presets}
+    return {"directory": shown, "hash": model_hash(directory), **adapter_facts(pipe.model), "presets": pipe.presets}
 
 
 def one_source(pictures: Path | None, answers: Path | None) -> None:
@@ -110,54 +113,36 @@ def ask_model(
     batch_size: int,
     quiet: bool,
     begun_with: Mapping[str, Any],
-) -> dict[Any, str]:
-    """The model's answer to every (id, picture, question or None for a caption).
+) -> dict[Any, str] | None:
+    """The model's answer to every (id, picture, question or None for a caption); None but in the first process.
 
-    What is answered is kept in answers.part.jsonl at once; a run that was killed goes on from there, and ends with the
-    same answers: every case has a generator of its own. Raises InputError where the part was begun otherwise.
+    What is answered is kept at once (`mmdlm.evaluation.processes`); a run that was killed goes on from there, and ends
+    with the same answers: every case has a generator of its own. Raises InputError where it was begun otherwise.
     """
-    import torch
-    from tqdm import tqdm
+    from mmdlm.evaluation.processes import run_batches
 
-    part = out / "answers.part.jsonl"
-    settings = json.loads(json.dumps(dict(begun_with)))
-    done = _answered(part, settings)
-    places = {key: place for place, (key, _, _) in enumerate(asked)}
-    left = [case for case in asked if case[0] not in done]
+    def work(numbers: list[int], cases: list[tuple[Any, Path, str | None]]) -> list[dict[str, Any]]:
+        texts = answers(pipe, numbers, cases, steps=steps, seed=seed)
+        return [{"id": case[0], "answer": text} for case, text in zip(cases, texts, strict=True)]
+
     pipe.set_progress_bar_config(disable=True)
-    with (
-        part.open("a", encoding="utf-8") as file,
-        tqdm(total=len(asked), initial=len(done), disable=True if quiet else None, leave=False, unit="cases") as bar,
-    ):
-        if not done:
-            file.truncate(0)
-            file.write(json.dumps(settings) + "\n")
-        for start in range(0, len(left), batch_size):
-            batch = left[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed + places[key]) for key, _, _ in batch]
-            questions = [question for _, _, question in batch]
-            texts = pipe(
-                [picture for _, picture, _ in batch],
-                None if None in questions else questions,
-                num_inference_steps=steps,
-                generator=generators,
-            ).texts
-            for (key, _, _), text in zip(batch, texts, strict=True):
-                done[key] = " ".join(text.split())
-                file.write(json.dumps({"id": key, "answer": done[key]}) + "\n")
-            file.flush()
-            bar.update(len(batch))
-    return {key: done[key] for key, _, _ in asked}
+    rows = run_batches(
+        out, "answers", asked, work, batch_size=batch_size, begun_with=begun_with, progress=not quiet
+    )
+    return None if rows is None else {case[0]: row["answer"] for case, row in zip(asked, rows, strict=True)}
 
 
-def _answered(part: Path, settings: dict[str, Any]) -> dict[Any, str]:
-    if not part.is_file():
-        return {}
-    # A line that a kill cut short is answered again.
-    lines = part.read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines[:-1]]
-    if lines[-1]:
-        part.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-    if rows and rows[0] != settings:
-        raise InputError(f"{part} was begun with other settings: delete it, or give another output directory.")
-    return {row["id"]: row["answer"] for row in rows[1:]}
+def answers(
+    pipe: Any, numbers: Sequence[int], cases: Sequence[tuple[Any, Path, str | None]], *, steps: int | None, seed: int
+) -> list[str]:
+    """The model's answers to one batch, on one line each; case n has the seed `seed` + n."""
+    import torch
+
+    questions = [question for _, _, question in cases]
+    texts = pipe(
+        [picture for _, picture, _ in cases],
+        None if None in questions else questions,
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
+    ).texts
+    return [" ".join(text.split()) for text in texts]

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from mmdlm import __version__
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.loading import (
+    AdapterOption,
+    DeviceOption,
+    ModelOption,
+    QuantizeOption,
+    QuietOption,
+    StepsOption,
+    load_pipeline,
+)
 from mmdlm.cli.watching import (
     ConfidenceOption,
     Films,
@@ -73,6 +81,7 @@ def fill(
     confidence: ConfidenceOption = None,
     replay: ReplayOption = None,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quantize: QuantizeOption = None,
     quiet: QuietOption = False,
@@ -97,7 +106,7 @@ def fill(
     check_watching(animation, frames, confidence, replay)
     rule = parsed_policy(policy)
     played = recording(replay)
-    pipe = load_pipeline("Fill", model, device, quiet, quantize)
+    pipe = load_pipeline("Fill", model, device, quiet, quantize, adapter=adapter)
     seed = seed_of(seed, played)
     facts = {"text": text or "", "seed": seed, **_facts(pipe, steps, guidance, policy)}
     if played is not None:
@@ -164,6 +173,7 @@ def _report(out: Any, written: list[Path], seed: int) -> None:
 
 def _facts(pipe: Any, steps: int | None, guidance: float | None, policy: str | None) -> dict[str, object]:
     from mmdlm.model_directory import model_hash
+    from mmdlm.models.adapters import adapter_facts
 
     preset = pipe.presets["draw"]
     return {
@@ -171,6 +181,7 @@ def _facts(pipe: Any, steps: int | None, guidance: float | None, policy: str | N
         "guidance_scale": float(preset["guidance_scale"] if guidance is None else guidance),
         **({} if policy is None else {"policy": policy}),
         "model_hash": model_hash(Path(pipe.name_or_path)),
+        **adapter_facts(pipe.model),
         "mmdlm_version": __version__,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ import typer
 from mmdlm.errors import InputError
 
 ModelOption = Annotated[Path | None, typer.Option("--model", help="Model directory; the shipped model if not given.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", help="An adapter of that model, as `mmdlm finetune` writes it: its run.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; the fastest at hand if not given.")
 ]
@@ -29,10 +33,12 @@ def load_pipeline(
     quantize: str | None = None,
     *,
     own: str | None = None,
+    adapter: Path | None = None,
 ) -> Any:
     """The pipeline `name` of a model directory, on its device. The model is looked at before anything slow happens.
 
-    `own` names what the caller does in mmdlm's own layouts: InputError for a published model that has others.
+    `adapter`: a run of finetune, or its adapter's directory. `own` names what the caller does in mmdlm's own layouts:
+    InputError for a published model that has others.
     """
     from mmdlm.assets import shipped_model
     from mmdlm.model_directory import check_model_directory
@@ -52,12 +58,14 @@ def load_pipeline(
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    extra: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
     if quantize is None:
-        pipe = getattr(pipelines, name).from_pretrained(directory).to(torch.device(chosen))
+        pipe = getattr(pipelines, name).from_pretrained(directory, **extra).to(torch.device(chosen))
     else:
         # In bfloat16 where it can: what is not quantised (embedding, head, norms) would else outweigh the rest.
         dtype = torch.float32 if chosen == "cpu" else torch.bfloat16
-        pipe = getattr(pipelines, name).from_pretrained(directory, dtype=dtype, quantize=quantize, device_map=chosen)
+        extra |= {"dtype": dtype, "quantize": quantize, "device_map": chosen}
+        pipe = getattr(pipelines, name).from_pretrained(directory, **extra)
         pipe.visual_tokenizer.to(torch.device(chosen))
     if own is not None:
         pipelines.layouts.check_own(pipe.family, pipe.processor.vocabulary, own)
@@ -70,6 +78,8 @@ def usable_device(device: str | None) -> str:
     """The device asked for, or the fastest at hand; InputError where it cannot be used."""
     import torch
 
+    if device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"  # one of several processes: accelerate launch gives each its own
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdlm import __version__
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, QuietOption, StepsOption, load_pipeline
+from mmdlm.cli.loading import (
+    AdapterOption,
+    DeviceOption,
+    ModelOption,
+    QuantizeOption,
+    QuietOption,
+    StepsOption,
+    load_pipeline,
+)
 from mmdlm.cli.watching import (
+    CacheOption,
     ConfidenceOption,
     Films,
     FramesOption,
@@ -19,12 +28,14 @@ from mmdlm.cli.watching import (
     check_watching,
     confidence_sheet,
     keep_frames,
+    parsed_cache,
     parsed_policy,
     recording,
     seed_of,
     square_side,
     watched_files,
 )
+from mmdlm.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +56,14 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option("--guidance", help="Guidance scale, 1 is none; the model's preset if not given.")
     ] = None,
+    interval: Annotated[
+        str | None,
+        typer.Option("--guidance-interval", help="LOW,HIGH: guide only while this share of the picture is masked."),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="Guide away from this prompt instead of from none.")
+    ] = None,
+    cache: CacheOption = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", min=0, max=LARGEST_SEED, help="Picture i uses seed + i; random if not given."),
@@ -58,6 +77,7 @@ def generate(
     confidence: ConfidenceOption = None,
     replay: ReplayOption = None,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quantize: QuantizeOption = None,
     quiet: QuietOption = False,
@@ -75,11 +95,13 @@ def generate(
         check_writable(path, ".png")
     check_watching(animation, frames, confidence, replay)
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    settings |= {"guidance_interval": _interval(interval), "negative_prompt": negative, "cache": parsed_cache(cache)}
     settings |= {"policy": parsed_policy(policy), "replay": recording(replay)}
     played = settings["replay"]
-    pipe = load_pipeline("TextToImage", model, device, quiet, quantize)
+    pipe = load_pipeline("TextToImage", model, device, quiet, quantize, adapter=adapter)
     seed = seed_of(seed, played)
-    facts = _facts(pipe, steps, guidance, policy)
+    told = {"guidance_interval": interval, "negative_prompt": negative, "cache": cache, "policy": policy}
+    facts = _facts(pipe, steps, guidance, told)
     if played is not None:
         played.check({"command": "generate", "prompts": wanted, "best_of": best_of, "seed": seed, **facts})
     candidates = [prompt for prompt in wanted for _ in range(best_of)]
@@ -144,15 +166,30 @@ def _best(pipe: TextToImage, prompts: list[str], codes: Tensor, best_of: int) ->
     return [row * best_of + int(best) for row, best in enumerate(nats.argmin(dim=1))]
 
 
-def _facts(pipe: TextToImage, steps: int | None, guidance: float | None, policy: str | None) -> dict[str, object]:
+def _interval(text: str | None) -> tuple[float, float] | None:
+    """LOW,HIGH as numbers."""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"--guidance-interval got {text!r}, expected LOW,HIGH, for example 0.2,0.9.") from None
+    return low, high
+
+
+def _facts(
+    pipe: TextToImage, steps: int | None, guidance: float | None, told: dict[str, str | None]
+) -> dict[str, object]:
     """What every PNG carries beside its prompt and seed."""
     from mmdlm.model_directory import model_hash
+    from mmdlm.models.adapters import adapter_facts
 
     preset = pipe.presets["draw"]
     return {
         "steps": preset["num_inference_steps"] if steps is None else steps,
         "guidance_scale": float(preset["guidance_scale"] if guidance is None else guidance),
-        **({} if policy is None else {"policy": policy}),
+        **{name: value for name, value in told.items() if value is not None},
         "model_hash": model_hash(Path(pipe.name_or_path)),
+        **adapter_facts(pipe.model),
         "mmdlm_version": __version__,
     }

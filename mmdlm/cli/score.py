@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, load_pipeline
+from mmdlm.cli.loading import AdapterOption, DeviceOption, ModelOption, QuietOption, load_pipeline
 from mmdlm.errors import InputError
 
 SAMPLES = 32  # masks for each number, here and for --best-of
@@ -19,6 +19,7 @@ def score(
     samples: Annotated[int, typer.Option("--samples", help="Masks for each number; more are more exact.")] = SAMPLES,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the masks, the same for every text.")] = 0,
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -33,7 +34,7 @@ def score(
     if not all(text.strip() for text in texts):
         raise InputError("A text is empty, expected what is said of the picture: give some words.")
     picture = load_image(image)
-    pipe = load_pipeline("ImageToText", model, device, quiet, own="scoring")
+    pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
     pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
     codes = pipe.visual_tokenizer.encode(pixels).cpu().expand(len(texts), -1, -1)
     words = words_given_picture(pipe, texts, codes, samples=samples, seed=seed)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmdlm.cli.loading import DeviceOption, ModelOption, QuantizeOption, load_pipeline
 from mmdlm.errors import InputError
+
+if TYPE_CHECKING:
+    from mmdlm.serving.door import Door
+    from mmdlm.serving.settings import Limits
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
@@ -22,6 +28,9 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
         str | None, typer.Option("--name", help="The model's name in requests; its directory's if not given.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="NAME=DIR: what finetune wrote, NAME in requests; repeatable.")
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="One key a line, KEY or NAME KEY; needed off this machine.")
@@ -37,7 +46,17 @@ def serve(
     budget: Annotated[int, typer.Option("--budget", min=1, help="Tokens of a forward; bounds the memory.")] = 16384,
     queue: Annotated[int, typer.Option("--queue", min=1, help="Results that may wait for room.")] = 256,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds a request may take.")] = 120.0,
+    idle: Annotated[
+        float, typer.Option("--idle", min=0.1, help="Seconds for a request's head, or without a byte either way.")
+    ] = 30.0,
     largest_body: Annotated[float, typer.Option("--largest-body", min=0.001, help="Of a request, in MiB.")] = 20.0,
+    ray: Annotated[bool, typer.Option("--ray", help="As a Ray Serve deployment, on $RAY_ADDRESS or this machine.")] = (
+        False
+    ),
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Of --ray: processes with the model.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", min=1, help="Of --ray: up to so many, by load.")
+    ] = None,
     device: DeviceOption = None,
     quantize: QuantizeOption = None,
 ) -> None:
@@ -58,25 +77,91 @@ def serve(
         budget=budget,
         queue=queue,
         seconds=timeout,
+        idle_seconds=idle,
         requests_per_minute=per_minute,
         requests_at_once=at_once,
     )
-    from mmdlm.serving.run import address_of, bind, log_as_json, run
+    # absolute: Ray's replicas run in directories of their own
+    places = [None if path is None else path.resolve() for path in (model, api_key_file)]
+    hosts = tuple(allow_url_host or ())
+    adapters = dict(map(_named, adapter or ()))
+    if len(adapters) < len(adapter or ()):
+        raise InputError("--adapter names two adapters alike, expected a name of its own for each: rename one.")
+    build = partial(application, places[0], device, quantize, name, limits, places[1], hosts, local, adapters)
+    from mmdlm.serving.run import BACKLOG, address_of, bind, log_as_json, run
 
     listening = bind(host, port)  # before the model: a port in use is said at once
+    address = address_of(listening)
+    if ray:
+        from mmdlm.assets import shipped_model
+        from mmdlm.model_directory import check_model_directory
+        from mmdlm.serving.ray_serve import connect, deploy, until_stopped
+
+        port = listening.getsockname()[1]
+        listening.close()  # Ray's proxy listens there itself
+        check_model_directory(places[0] or shipped_model())
+        started_here = connect()
+        gpu = device is not None and device.startswith("cuda")
+        deploy(build, host=host, port=port, replicas=replicas, max_replicas=max_replicas, seconds=timeout,
+               at_once=queue, gpu=gpu)
+        typer.echo(address)
+        until_stopped(started_here)
+        return
+    door = build()
+    log_as_json()
+    listening.listen(BACKLOG)  # who reads the address and comes at once waits, and is not refused
+    typer.echo(address)
+    run(door, listening, limits)
+
+
+def application(
+    model: Path | None,
+    device: str | None,
+    quantize: str | None,
+    name: str | None,
+    limits: Limits,
+    api_key_file: Path | None,
+    url_hosts: tuple[str, ...],
+    local: bool,
+    adapters: dict[str, Path],
+) -> Door:
+    """The model with everything around it: what one server process runs, or one replica of Ray's.
+
+    The keys are read where they are needed, and are in no message between processes.
+    """
     pipe = load_pipeline("TextToImage", model, device, True, quantize)
 
     from mmdlm.model_directory import model_hash
     from mmdlm.serving.server import Service, create_app
+    from mmdlm.serving.settings import read_keys
 
     directory = Path(pipe.name_or_path)
+    hashes = {}
+    if adapters:
+        from mmdlm.models.adapters import WEIGHTS, adapter_directory, load_adapter, read_adapter
+
+        for label, place in adapters.items():
+            if read_adapter(adapter_directory(place)).get("new_words"):  # its ids are not the others'
+                raise InputError(
+                    f"The adapter {label} has words of its own, expected the model's: `mmdlm merge` it, and serve that "
+                    "model by itself."
+                )
+            load_adapter(pipe.model, place, name=label, base=model_hash(directory))
+            hashes[label] = hashlib.sha256((adapter_directory(place) / WEIGHTS).read_bytes()).hexdigest()[:16]
     service = Service(
         pipe,
         name=name or directory.resolve().name,
         model_hash=model_hash(directory),
         limits=limits,
-        url_hosts=allow_url_host or (),
+        url_hosts=url_hosts,
+        adapters=hashes,
     )
-    log_as_json()
-    typer.echo(address_of(listening))
-    run(create_app(service, keys=keys, local=local), listening, limits)
+    return create_app(service, keys={} if api_key_file is None else read_keys(api_key_file), local=local)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """NAME=DIR of --adapter."""
+    name, _, place = text.partition("=")
+    if not (name and place):
+        raise InputError(f"--adapter got {text!r}, expected NAME=DIR, for example stickers=runs/stickers.")
+    return name, Path(place).resolve()

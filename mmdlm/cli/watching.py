@@ -32,6 +32,11 @@ PolicyOption = Annotated[
     typer.Option("--policy", help='What to write in a step, for example "{name: threshold, tau: 0.9}".'),
 ]
 
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache", help='Keys and values kept between steps, for example dual_cache: faster, not exact.'),
+]
+
 # pictures by row and by step: what a callback gathers
 Films = list[list["Image.Image"]]
 
@@ -69,7 +74,7 @@ def seed_of(seed: int | None, replay: Recording | None) -> int:
     return secrets.randbelow(2**32)
 
 
-def parsed_policy(text: str | None) -> dict[str, Any] | None:
+def parsed_rule(text: str | None, what: str, example: str) -> dict[str, Any] | None:
     """`threshold` or `{name: threshold, tau: 0.9}` as a mapping. InputError where it is neither."""
     if text is None:
         return None
@@ -82,8 +87,16 @@ def parsed_policy(text: str | None) -> dict[str, Any] | None:
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, dict):
-        raise InputError(f"The policy {text!r} is not understood, expected for example {{name: threshold, tau: 0.9}}.")
+        raise InputError(f"The {what} {text!r} is not understood, expected for example {example}.")
     return value
+
+
+def parsed_policy(text: str | None) -> dict[str, Any] | None:
+    return parsed_rule(text, "policy", "{name: threshold, tau: 0.9}")
+
+
+def parsed_cache(text: str | None) -> dict[str, Any] | None:
+    return parsed_rule(text, "cache", "{name: dual_cache, refresh_interval: 8}")
 
 
 def keep_frames(films: Films, first_row: int) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmdlm.errors import InputError
 from mmdlm.evaluation.penn_words import tokenised
-from mmdlm.evaluation.result_files import answers_for, field, read_json, unique, write_json
+from mmdlm.evaluation.result_files import answers_for, field, read_json, read_text, unique, write_json
 from mmdlm.evaluation.vqa import Scores
 
 
@@ -64,7 +64,7 @@ def read_flickr30k(path: Path, split: str | None = None) -> list[Captioned]:
     if split is not None:
         raise InputError(f"{path} carries no splits, expected Karpathy's dataset_flickr30k.json: give that file.")
     said: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")

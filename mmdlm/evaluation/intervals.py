@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -38,7 +39,29 @@ def share(right: int, total: int) -> dict[str, Any]:
     }
 
 
-def percent(counted: dict[str, Any]) -> str:
+def mean_of_shares(counted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of several rows of `share`, each weighing alike whatever its total: share, low, high, groups.
+
+    Its 95 % interval is put together from the shares' own Wilson intervals as if they were independent (MOVER, Zou and
+    Donner, Statistics in Medicine 27, 2008, eq. 5): no normal distribution is taken for a share near 0 or 1. None and
+    (0, 1) where one of them counts nothing.
+    """
+    if not counted or any(not one["total"] for one in counted):
+        return {"share": None, "low": 0.0, "high": 1.0, "groups": len(counted)}
+    shares = [one["right"] / one["total"] for one in counted]
+    ends = [wilson(one["right"], one["total"]) for one in counted]
+    mean = sum(shares) / len(shares)
+    below = math.sqrt(sum((share - low) ** 2 for share, (low, _) in zip(shares, ends, strict=True))) / len(shares)
+    above = math.sqrt(sum((high - share) ** 2 for share, (_, high) in zip(shares, ends, strict=True))) / len(shares)
+    return {
+        "share": round(mean, 4),
+        "low": round(max(mean - below, 0.0), 4),
+        "high": round(min(mean + above, 1.0), 4),
+        "groups": len(counted),
+    }
+
+
+def percent(counted: Mapping[str, Any]) -> str:
     """A row of `share` in words: "93.3 % (89.9 to 95.6)"; a dash where nothing was counted."""
     if counted["share"] is None:
         return "–"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmdlm import attention, sequence
 from mmdlm.errors import InputError
 from mmdlm.objectives import supervised_places
+from mmdlm.sampling.denoise import Predictor
 from mmdlm.sampling.predictors import full, restricted
 from mmdlm.sequence import IMAGE, TEXT, Canvas
 from mmdlm.vocabulary import Vocabulary
@@ -106,7 +107,9 @@ def _masked_rows(canvases: Sequence[Canvas], samples: int, seeds: Sequence[int],
 def _losses(model: nn.Module, rows: Sequence[_Masked], vocabulary: Vocabulary) -> Tensor:
     """The weighted losses of masked rows, by modality: float64 [rows, 2]."""
     device = next(model.parameters()).device
-    canvas, valid = sequence.batch([row.hidden for row in rows], pad_id=vocabulary.pad_id, side="left")
+    # Nobody sees the padding: published vocabularies may have no id for it.
+    pad_id = vocabulary.pad_id if vocabulary.pad_id >= 0 else vocabulary.mask_id
+    canvas, valid = sequence.batch([row.hidden for row in rows], pad_id=pad_id, side="left")
     canvas = Canvas(*(part.to(device) for part in canvas))
     mask = attention.full(valid)
     masked, clean = torch.zeros_like(valid), torch.zeros(valid.shape, dtype=torch.long)
@@ -116,7 +119,7 @@ def _losses(model: nn.Module, rows: Sequence[_Masked], vocabulary: Vocabulary) -
     kinds = canvas.modality[masked].unique()
     ranges = (vocabulary.text_columns, vocabulary.image_columns)
     columns = ranges[int(kinds[0])] if len(kinds) == 1 else None
-    predict = full(
+    predict: Predictor = full(
         model,
         attention_mask=None if mask is None else mask.to(device),
         position_ids=canvas.positions,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from mmdlm.errors import InputError
-from mmdlm.evaluation.likelihood import choose
-from mmdlm.evaluation.result_files import answers_for, field, read_jsonl, unique
+from mmdlm.evaluation.likelihood import bounds
+from mmdlm.evaluation.result_files import field, read_jsonl, unique
 from mmdlm.evaluation.vqa import Scores, mean_percent, normalise
 
 
@@ -45,52 +45,42 @@ def read_choices(path: Path) -> list[Choices]:
     return found
 
 
-def score_choices(
-    pipe: Any,
-    asked: Sequence[Choices],
-    pictures: Sequence[Path],
-    written: Mapping[Any, str],
-    *,
-    samples: int,
-    seed: int,
-    batch_size: int,
-    progress: bool = False,
-) -> Scores:
+@torch.no_grad()
+def choice_nats(pipe: Any, one: Choices, picture: Path, *, samples: int, seed: int, batch_size: int) -> list[float]:
+    """The bound of every choice as answer to its question, in nats, on the same masks. pipe: an ImageToText."""
+    pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
+    codes = pipe.visual_tokenizer.encode(pixels)[0]
+    ids = [pipe.processor.text_ids(choice) for choice in one.choices]
+    room = max(pipe.presets["ask"]["answer_length"], *(len(choice) + 1 for choice in ids))
+    canvases = [pipe.answer_canvas(codes, one.text, room, choice) for choice in ids]
+    found = bounds(
+        pipe.model, canvases, vocabulary=pipe.processor.vocabulary, samples=samples, seeds=[seed] * len(ids),
+        batch_size=batch_size,
+    )  # fmt: skip
+    nats: list[float] = found.nats.tolist()
+    return nats
+
+
+def score_choices(asked: Sequence[Choices], written: Sequence[str], nats: Sequence[list[float]]) -> Scores:
     """Percent right by likelihood (`score`) and by generation: what was written is, normalised, the right choice.
 
-    What is written and is no choice at all is wrong, and counted as `no_choice`. pipe: an ImageToText.
+    What is written and is no choice at all is wrong, and counted as `no_choice`. Of equally likely choices the first
+    is taken.
     """
-    from tqdm import tqdm
-
-    vocabulary, rows = pipe.processor.vocabulary, []
-    said = answers_for([one.id for one in asked], written, "the run")
-    for one, picture, answer in zip(tqdm(asked, disable=not progress, leave=False), pictures, said, strict=True):
-        with torch.no_grad():
-            pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
-            codes = pipe.visual_tokenizer.encode(pixels)[0]
-        ids = [pipe.processor.text_ids(choice) for choice in one.choices]
-        found = choose(
-            pipe.model,
-            codes,
-            pipe.processor.text_ids(one.text),
-            ids,
-            vocabulary=vocabulary,
-            answer_length=max(pipe.presets["ask"]["answer_length"], *(len(choice) + 1 for choice in ids)),
-            samples=samples,
-            seed=seed,
-            batch_size=batch_size,
-        )
+    rows = []
+    for one, answer, each in zip(asked, written, nats, strict=True):
         normal = [normalise(choice) for choice in one.choices]
         picked = normal.index(normalise(answer)) if normalise(answer) in normal else None
+        likeliest = each.index(min(each))
         rows.append(
             {
                 "id": one.id,
                 "answer": answer,
-                "likeliest": int(found.nats.argmin()),
-                "score": float(int(found.nats.argmin()) == one.answer),
+                "likeliest": likeliest,
+                "score": float(likeliest == one.answer),
                 "generation_score": float(picked == one.answer),
                 "written_is_choice": picked is not None,
-                "nats": found.nats.tolist(),
+                "nats": list(each),
             }
         )
     summary = {

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from mmdlm import sequence
 from mmdlm.errors import InputError
-from mmdlm.evaluation.likelihood import Bounds, bounds, match, per_token, retrieval
+from mmdlm.evaluation.likelihood import Bounds, bounds, per_token, retrieval
+from mmdlm.evaluation.processes import run_batches
 from mmdlm.evaluation.result_files import field, find_picture, read_jsonl, unique
 from mmdlm.evaluation.vqa import Scores
+from mmdlm.sequence import Canvas
+
+_LN2 = math.log(2)
 
 
 class Pair(NamedTuple):
@@ -41,56 +47,93 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 
 def measure_pairs(
-    pipe: Any, pairs: list[Pair], *, samples: int, pool: int, seed: int, batch_size: int, progress: bool = False
-) -> Scores:
+    pipe: Any,
+    pairs: list[Pair],
+    out: Path,
+    *,
+    samples: int,
+    pool: int,
+    seed: int,
+    batch_size: int,
+    begun_with: Mapping[str, Any],
+    progress: bool = False,
+) -> Scores | None:
     """The bound of texts given pictures, of pictures given texts and alone, and retrieval@1 over the first `pool`.
 
     A text counts for its own tokens and one eos; the bound is that of the whole answer area. `score` of a row is the
-    bits per text token, where less is better. pipe: an ImageToText of a model that draws as well.
+    bits per text token, where less is better. pipe: an ImageToText of a model that draws as well. What is measured is
+    kept in `out` as it comes, and shared among processes (`mmdlm.evaluation.processes`); None but in the first.
     """
-    from tqdm import tqdm
+    texts = [pipe.processor.text_ids(pair.text) for pair in pairs]
+    shared: dict[str, Any] = {"samples": samples, "batch_size": batch_size}
 
-    vocabulary, processor = pipe.processor.vocabulary, pipe.processor
-    length = pipe.presets["describe"]["answer_length"]
-    with torch.no_grad():
-        codes = [
-            pipe.visual_tokenizer.encode(
-                processor.pixels(pair.picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
-            )[0].cpu()
-            for pair in pairs
-        ]
-    texts = [processor.text_ids(pair.text) for pair in pairs]
-    grid = (codes[0].shape[0], codes[0].shape[1])
-    canvases = {
-        "text_given_picture": [
-            sequence.describe_canvas(one, grid, ids, length, vocabulary) for one, ids in zip(codes, texts, strict=True)
-        ],
-        "picture_given_text": [
-            sequence.draw_canvas(ids, one, grid, vocabulary) for one, ids in zip(codes, texts, strict=True)
-        ],
-        "picture_alone": [sequence.draw_canvas([], one, grid, vocabulary) for one in codes],
-    }
-    found: dict[str, Bounds] = {}
-    for name in tqdm(canvases, disable=not progress, leave=False):
-        found[name] = bounds(
-            pipe.model, canvases[name], vocabulary=vocabulary, samples=samples, seeds=seed, batch_size=batch_size
-        )
+    def judge(numbers: list[int], places: list[int]) -> list[dict[str, Any]]:
+        seeds = [seed + number for number in numbers]
+        found = {
+            name: bounds(pipe.model, canvases, vocabulary=pipe.processor.vocabulary, seeds=seeds, **shared)
+            for name, canvases in _canvases(pipe, [pairs[p] for p in places], [texts[p] for p in places]).items()
+        }
+        return [{name: _row(bound, row) for name, bound in found.items()} for row in range(len(places))]
+
+    size = min(pool, len(pairs)) if pool > 1 and len(pairs) > 1 else 0
+
+    def match_one(numbers: list[int], places: list[int]) -> list[dict[str, Any]]:
+        room = pipe.presets["describe"]["answer_length"]
+        rows = []
+        for place in places:
+            codes = _codes(pipe, pairs[place].picture)
+            canvases = [pipe.answer_canvas(codes, None, room, ids) for ids in texts[:size]]
+            # the same masks for all texts and pictures
+            found = bounds(pipe.model, canvases, vocabulary=pipe.processor.vocabulary, seeds=[seed] * size, **shared)
+            rows.append({"nats": found.nats.tolist()})
+        return rows
+
+    keeping: dict[str, Any] = {"begun_with": begun_with, "progress": progress}
+    # As many pairs at once as fill one forward: what a pair's numbers are then depends on no other batch.
+    at_once = max(1, batch_size // samples)
+    rows = run_batches(out, "pairs", range(len(pairs)), judge, batch_size=at_once, **keeping)
+    matched = run_batches(out, "pool", range(size), match_one, batch_size=1, **keeping)
+    if rows is None or matched is None:
+        return None
     tokens = [len(ids) + 1 for ids in texts]
+    found = {name: _bounds([row[name] for row in rows]) for name in rows[0]}
     summary: dict[str, Any] = {
-        "text_given_picture": per_token(found["text_given_picture"], counted=tokens),
-        "picture_given_text": per_token(found["picture_given_text"]),
-        "picture_alone": per_token(found["picture_alone"]),
+        name: per_token(bound, counted=tokens if name == "text_given_picture" else None)
+        for name, bound in found.items()
     }
-    bits = found["text_given_picture"].nats / torch.log(torch.tensor(2.0, dtype=torch.float64))
-    rows: list[dict[str, Any]] = [
-        {"id": pair.id, **{name: float(bound.nats[row]) for name, bound in found.items()}}
-        for row, pair in enumerate(pairs)
+    if size:
+        nats = torch.tensor([row["nats"] for row in matched], dtype=torch.float64)
+        summary["retrieval_at_1"] = retrieval(nats) | {"pool": size}
+    scored = [
+        {"id": pair.id, **{name: row[name][0] for name in row}, "score": row["text_given_picture"][0] / _LN2 / counted}
+        for pair, row, counted in zip(pairs, rows, tokens, strict=True)
     ]
-    for row, counted, total in zip(rows, tokens, bits.tolist(), strict=True):
-        row["score"] = total / counted
-    size = min(pool, len(pairs))
-    if size > 1:
-        settings = {"vocabulary": vocabulary, "answer_length": length, "samples": samples, "batch_size": batch_size}
-        matrix = match(pipe.model, codes[:size], texts[:size], seed=seed, **settings)
-        summary["retrieval_at_1"] = retrieval(matrix) | {"pool": size}
-    return Scores(summary | {"samples": samples, "pictures": len(pairs)}, rows)
+    return Scores(summary | {"samples": samples, "pictures": len(pairs)}, scored)
+
+
+def _canvases(pipe: Any, pairs: list[Pair], texts: list[list[int]]) -> dict[str, list[Canvas]]:
+    """What is judged of each pair."""
+    room, codes = pipe.presets["describe"]["answer_length"], [_codes(pipe, pair.picture) for pair in pairs]
+    return {
+        "text_given_picture": [pipe.answer_canvas(one, None, room, ids) for one, ids in zip(codes, texts, strict=True)],
+        "picture_given_text": [pipe.draw_canvas(pair.text, one) for one, pair in zip(codes, pairs, strict=True)],
+        "picture_alone": [pipe.draw_canvas("", one) for one in codes],
+    }
+
+
+@torch.no_grad()
+def _codes(pipe: Any, picture: Path) -> Tensor:
+    pixels = pipe.processor.pixels(picture).to(pipe.model.device, pipe.visual_tokenizer.dtype)
+    codes: Tensor = pipe.visual_tokenizer.encode(pixels)[0].cpu()
+    return codes
+
+
+def _bounds(rows: list[list[float]]) -> Bounds:
+    """What `_row` made of every row, back in tensors."""
+    nats, error, text, image, tokens = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return Bounds(nats, error, text, image, tokens.long())
+
+
+def _row(bound: Bounds, row: int) -> list[float]:
+    """One row of a bound as plain numbers, in the order of its fields."""
+    return [part[row].item() for part in bound]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +22,14 @@ Value = TypeVar("Value")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; InputError where there is none, or it is no JSON."""
+def read_json(path: Path, *, unique_keys: bool = False) -> Any:
+    """The content of a JSON file; InputError where there is none, or it is no JSON.
+
+    unique_keys: InputError too for a key that comes twice in one table, of which JSON keeps the last in silence.
+    """
     try:
-        return json.loads(_text(path))
+        hook = partial(unique, source=path, what="key") if unique_keys else None
+        return json.loads(read_text(path), object_pairs_hook=hook)
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): copy or download it again.") from error
 
@@ -32,7 +37,7 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One table for each line of a JSON lines file; empty lines are passed over."""
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -100,7 +105,8 @@ def find_picture(folder: Path, names: Sequence[str]) -> Path:
     raise InputError(f"There is no picture {names[0]} in {folder}: give the folder of the benchmark's pictures.")
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; InputError where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

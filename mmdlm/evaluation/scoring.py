@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdlm import sequence
 from mmdlm.errors import InputError
 from mmdlm.evaluation.likelihood import Bounds, bounds
 
@@ -27,20 +26,17 @@ def words_given_picture(
     """
     ids = [pipe.processor.text_ids(text) if isinstance(text, str) else text for text in texts]
     room = max(pipe.presets["describe"]["answer_length"], *(len(row) + 1 for row in ids))
-    vocabulary = pipe.processor.vocabulary
-    canvases = [sequence.describe_canvas(picture, pipe.grid, row, room, vocabulary)
-                for picture, row in zip(codes, ids, strict=True)]
+    canvases = [pipe.answer_canvas(picture, None, room, row) for picture, row in zip(codes, ids, strict=True)]
     _check_length(pipe, canvases)
-    return bounds(pipe.model, canvases, vocabulary=vocabulary, samples=samples, seeds=[seed] * len(ids))
+    return bounds(pipe.model, canvases, vocabulary=pipe.processor.vocabulary, samples=samples, seeds=[seed] * len(ids))
 
 
 def picture_given_words(pipe: Any, texts: Sequence[str], codes: Tensor, *, samples: int, seed: int) -> Bounds:
     """The bound of -log p(picture | text), row by row: codes int [B, h, w]; all rows on the same masks."""
-    vocabulary = pipe.processor.vocabulary
-    canvases = [sequence.draw_canvas(pipe.processor.text_ids(text), picture, pipe.grid, vocabulary)
-                for text, picture in zip(texts, codes, strict=True)]
+    canvases = [pipe.draw_canvas(text, picture) for text, picture in zip(texts, codes, strict=True)]
     _check_length(pipe, canvases)
-    return bounds(pipe.model, canvases, vocabulary=vocabulary, samples=samples, seeds=[seed] * len(canvases))
+    vocabulary, seeds = pipe.processor.vocabulary, [seed] * len(canvases)
+    return bounds(pipe.model, canvases, vocabulary=vocabulary, samples=samples, seeds=seeds)
 
 
 def _check_length(pipe: Any, canvases: Sequence[Any]) -> None:

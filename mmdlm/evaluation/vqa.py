@@ -163,7 +163,7 @@ def read_answers(path: Path, key: str = "question_id", answer: str = "answer") -
 
 def read_gqa(questions: Path) -> list[Question]:
     """GQA's questions file, {id: {"imageId", "question", "answer", "types"}}; without answers for its test splits."""
-    content = read_json(questions)
+    content = read_json(questions, unique_keys=True)
     if not isinstance(content, dict):
         raise InputError(f"{questions} holds a {type(content).__name__}, expected GQA's table of questions by id.")
     found = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdlm.errors import InputError
-from mmdlm.evaluation.result_files import answers_for, field, read_jsonl, unique, write_jsonl
+from mmdlm.evaluation.result_files import answers_for, field, read_jsonl, read_text, unique, write_jsonl
 from mmdlm.evaluation.vqa import Question, Scores, ids, mean_percent
 from mmdlm.picture_files import write_whole
 
@@ -204,5 +204,5 @@ def _subtask_files(folder: Path) -> list[Path]:
 
 
 def _lines(path: Path) -> list[list[str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     return [line.split("\t") for line in lines if re.search(r"\S", line)]

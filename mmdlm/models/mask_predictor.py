@@ -10,6 +10,9 @@ structure that MAGVIT-v2's lookup-free codes have, arXiv 2310.05737). *Folding*:
 the trunk as one position and are told apart again before the head (the feature compression of Meissonic, arXiv
 2410.08261); a picture of 256 tokens then costs 64 positions. Ids, masks and logits stay one per token outside.
 
+What nobody reads is not computed: the head for the asked places and columns only, and the last layer's queries and MLP
+likewise (`mmdlm.models.last_layer`).
+
 Shape letters: B rows, L places, W asked places, V ids, D width, M places after folding.
 """
 
@@ -24,9 +27,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mmdlm.models.lfq import codes_to_bits
+from mmdlm.models.attention_masks import mask_of_kind
+from mmdlm.models.folding import Folding, fold_offsets, fold_plan, folding, picture_widths
+from mmdlm.models.last_layer import can_read_some, read_last_layer
+from mmdlm.models.lfq import bit_weights
 from mmdlm.models.slot_cache import SlotCache
+from mmdlm.models.weights import WeightsState, countable
 from mmdlm.vocabulary import Vocabulary
+
+__all__ = ["DEFAULT_TRUNK", "MaskPredictor", "MaskPredictorConfig", "MaskPredictorOutput", "fold_offsets", "fold_plan",
+           "picture_widths"]  # fmt: skip
 
 
 class MaskPredictorConfig(PreTrainedConfig):
@@ -133,6 +143,7 @@ class MaskPredictor(PreTrainedModel):
         width, vocabulary = trunk_config.hidden_size, config.shared_vocabulary
         self.vocabulary = vocabulary
         self.head = nn.Linear(width, vocabulary.table_rows, bias=False)
+        self._kept_rows: tuple[tuple[int, int], WeightsState, Tensor] | None = None  # of `head_rows`
         if config.code_bits:
             if vocabulary.image_size != 2**config.code_bits:
                 raise ValueError(
@@ -181,6 +192,8 @@ class MaskPredictor(PreTrainedModel):
         columns: tuple[int, int] | None = None,
         cache: SlotCache | None = None,
         computed: Tensor | None = None,
+        folding: Folding | None = None,
+        narrow: bool = True,
     ) -> MaskPredictorOutput:
         """Logits at the asked places.
 
@@ -196,6 +209,9 @@ class MaskPredictor(PreTrainedModel):
                 for the whole canvas all the same.
             computed: bool [B, L], with a cache: the places to compute, at least one per row; the others are as the pass
                 that last computed them left them. Default all. Folded places are computed if one of them is.
+            folding: `fold_once(grid)`, for callers that pass the same grid often.
+            narrow: without gradients, compute the last layer's queries and MLP for `where` only, where that is less and
+                the trunk is known (`mmdlm.models.last_layer`). False is the slow twin, equal but for rounding.
 
         Returns logits [B, W, last + 1 - first]. Raises ValueError for a row longer than `max_positions` and for a
         missing grid.
@@ -206,35 +222,65 @@ class MaskPredictor(PreTrainedModel):
             raise ValueError("this model places image tokens by row and column: give grid [B, L, 2]")
         hidden = self._embed(input_ids, grid)
         if self.config.image_fold > 1 and grid is not None:
-            hidden = self._run_folded(hidden, attention_mask, position_ids, grid, where, cache, computed)
+            plan = self.fold_once(grid) if folding is None else folding
+            assert plan is not None
+            hidden = self._run_folded(hidden, attention_mask, position_ids, plan, where, cache, computed, narrow)
         else:
-            hidden = self._run(hidden, attention_mask, position_ids, cache, computed)
-            if self.config.prediction_offset:
-                hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], 1)  # the first place has none before it
-            if where is not None:
-                hidden = hidden.gather(1, where.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+            read = where
+            if self.config.prediction_offset:  # the first place has none before it
+                read = torch.arange(input_ids.shape[1], device=hidden.device) if where is None else where
+                read = (read - 1).clamp_min(0).expand(len(hidden), -1)
+            fewer = narrow and where is not None and where.shape[1] < hidden.shape[1]
+            hidden = self._run(hidden, attention_mask, position_ids, cache, computed, read, fewer)
         return MaskPredictorOutput(logits=hidden @ self.head_rows(columns).T, hidden=hidden)
 
-    def head_rows(self, columns: tuple[int, int] | None = None) -> Tensor:
-        """The output matrix [V', D] of the ids in `columns`, bit structure included: logits are hidden @ rows.T."""
-        first, end = columns or (0, self.vocabulary.table_rows)
-        return self._with_bits(self.head.weight, "bits_out", first, end)
+    def fold_once(self, grid: Tensor | None) -> Folding | None:
+        """How a canvas of this grid [B, L, 2] folds, for `forward(folding=...)`; None where this model does not fold.
 
-    def _with_bits(self, table: Tensor, name: str, first: int, end: int) -> Tensor:
-        """Rows [first, end) of a table, with the image codes' bits mapped and added."""
+        It waits for the device, which `forward` then has no need to. ValueError for pictures that do not fold.
+        """
+        return folding(grid, self.config.image_fold) if self.config.image_fold > 1 and grid is not None else None
+
+    def head_rows(self, columns: tuple[int, int] | None = None) -> Tensor:
+        """The output matrix [V', D] of the ids in `columns`, bit structure included: logits are hidden @ rows.T.
+
+        With bit-structured codes it is made, not looked up. Without gradients and out of training the last one made is
+        kept until a weight of it changes: do not write into it.
+        """
+        first, end = columns or (0, self.vocabulary.table_rows)
+        if not self.config.code_bits or end <= self.vocabulary.image_start:
+            return self.head.weight[first:end]
+        made_of = (self.head.weight, self.bits_out)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not countable(made_of):
+            self._kept_rows = None
+            return self._with_bits(*made_of, first, end)
+        kept = self._kept_rows
+        if kept is None or kept[0] != (first, end) or not kept[1].holds(made_of):
+            self._kept_rows = kept = None  # never two at a time
+            self._kept_rows = kept = (first, end), WeightsState(made_of), self._with_bits(*made_of, first, end)
+        return kept[2]
+
+    def _with_bits(self, table: Tensor, weight: Tensor, first: int, end: int) -> Tensor:
+        """Rows [first, end) of a table, with the image codes' bits mapped by `weight` [bits, D] and added."""
         start, stop = self.vocabulary.image_columns
-        if not self.config.code_bits or end <= start:
-            return table[first:end]
         low, high = max(first, start), min(end, stop)
         codes = torch.arange(low - start, high - start, device=table.device)
-        bits = codes_to_bits(codes, self.config.code_bits, self.config.bit_order, table.dtype)
-        parts = [table[first:low], table[low:high] + bits @ getattr(self, name), table[high:end]]
+        parts = [table[first:low], table[low:high] + self._bits(codes, table.dtype) @ weight, table[high:end]]
         parts = [part for part in parts if len(part)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def _bits(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """`codes_to_bits`, whose check of the range would wait for the device in every pass."""
+        powers = bit_weights(self.config.code_bits, self.config.bit_order, codes.device)
+        return ((codes.unsqueeze(-1) & powers) != 0).to(dtype) * 2 - 1
+
     def _embed(self, ids: Tensor, grid: Tensor | None) -> Tensor:
-        table = cast(Tensor, self.get_input_embeddings().weight)
-        hidden = F.embedding(ids, self._with_bits(table, "bits_in", 0, self.vocabulary.table_rows))
+        hidden = F.embedding(ids, cast(Tensor, self.get_input_embeddings().weight))
+        if self.config.code_bits:  # of the codes that are there, not of all: 18 bits have 262,144
+            start, stop = self.vocabulary.image_columns
+            image = (ids >= start) & (ids < stop)
+            bits = self._bits(ids - start, hidden.dtype)
+            hidden = torch.where(image.unsqueeze(-1), hidden + bits @ self.bits_in, hidden)
         if self.config.image_side and grid is not None:
             at_image = (grid[..., :1] >= 0).to(hidden.dtype)
             place = grid.clamp_min(0)
@@ -246,149 +292,55 @@ class MaskPredictor(PreTrainedModel):
         hidden: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: SlotCache | None = None,
-        computed: Tensor | None = None,
+        cache: SlotCache | None,
+        computed: Tensor | None,
+        read: Tensor | None,
+        fewer: bool,
     ) -> Tensor:
-        """The trunk over every place, or over the computed ones while it sees the others' slots: [B, M, D]."""
+        """The trunk over every place, or over the computed ones while it sees the others' slots: [B, M, D].
+
+        With `read` int [B, N] what stands there, [B, N, D]; `fewer`: the last layer may leave out the others.
+        """
+        device = hidden.device
+        fewer = fewer and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and can_read_some(self.trunk)
         if cache is not None:
             hidden, attention_mask, position_ids = cache.open(hidden, attention_mask, position_ids, computed)
+            fewer = fewer and not cache.keep_hidden
+        if fewer and read is not None:
+            read = read if cache is None else cache.among_computed(read)
+            return read_last_layer(self.trunk, hidden, attention_mask, position_ids, cache, read)
         if attention_mask is not None:
-            attention_mask = _mask_of_kind(attention_mask, self.trunk.config._attn_implementation, hidden)
+            attention_mask = mask_of_kind(attention_mask, self.trunk.config._attn_implementation, hidden)
         out = self.trunk(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=False,
-        ).last_hidden_state.to(hidden.device)  # layers may lie on other devices than the embedding and the head
-        return out if cache is None else cache.close(out)
+        ).last_hidden_state.to(device)  # layers may lie on other devices than the embedding and the head
+        out = out if cache is None else cache.close(out)
+        return out if read is None else out.gather(1, read.unsqueeze(-1).expand(-1, -1, out.shape[-1]))
 
     def _run_folded(
         self,
         hidden: Tensor,
         mask: Tensor | None,
         position_ids: Tensor | None,
-        grid: Tensor,
+        plan: Folding,
         where: Tensor | None,
-        cache: SlotCache | None = None,
-        computed: Tensor | None = None,
+        cache: SlotCache | None,
+        computed: Tensor | None,
+        narrow: bool,
     ) -> Tensor:
         """The trunk over folded places: [B, L, D] -> [B, W or L, D]."""
-        side = self.config.image_fold
-        batch, length, width = hidden.shape
-        leader, leads, group = fold_plan(grid, side)
-        members = leads.unsqueeze(-1) + fold_offsets(grid, side, leads)  # [B, M, k*k]; text leaders repeat themselves
-        taken = hidden.gather(1, members.flatten(1).unsqueeze(-1).expand(-1, -1, width))
-        folded_images = self.fold(taken.view(batch, -1, side * side * width))
-        at_image = (grid[..., 0] >= 0).gather(1, leads).unsqueeze(-1)
-        folded = torch.where(at_image, folded_images, taken.view(batch, -1, side * side, width)[:, :, 0])
-
-        if position_ids is None:
-            position_ids = torch.arange(length, device=grid.device).expand(batch, length)
-        positions = (position_ids - (~leader).long().cumsum(1)).gather(1, leads)
-        count = leader.sum(1, keepdim=True)
-        real = torch.arange(leads.shape[1], device=grid.device) < count
-        if mask is not None:
-            if mask.is_floating_point():
-                raise ValueError("a folded model got a float mask, expected bool: folded places share what they see")
-            mask = mask.expand(batch, 1, -1, length)
-            mask = mask.gather(3, leads[:, None, None].expand(-1, -1, mask.shape[2], -1))
-            if mask.shape[2] > 1:
-                mask = mask.gather(2, leads[:, None, :, None].expand(-1, -1, -1, leads.shape[1]))
-            mask = mask & real[:, None, None]
-        elif not bool(real.all()):
-            mask = real[:, None, None]
-        if computed is not None:
-            computed = torch.zeros_like(real.expand(batch, -1)).scatter_reduce(1, group, computed, "amax")
-        out = self._run(folded, mask, positions.clamp_min(0), cache, computed)
-
-        where = torch.arange(length, device=grid.device).expand(batch, length) if where is None else where
-        at = group.gather(1, where)
-        place = grid.gather(1, where.unsqueeze(-1).expand(-1, -1, 2))
-        slot = (place[..., 0] % side) * side + place[..., 1] % side
-        told_apart = self.unfold(out).view(batch, -1, side * side, width)
-        flat = (at * side * side + slot.clamp_min(0)).unsqueeze(-1).expand(-1, -1, width)
-        image = told_apart.flatten(1, 2).gather(1, flat)
-        text = out.gather(1, at.unsqueeze(-1).expand(-1, -1, width))
-        return torch.where(place[..., :1] >= 0, image, text)
-
-
-def _mask_of_kind(seen: Tensor, implementation: str | None, hidden: Tensor) -> Any:
-    """A mask bool or float [B, 1, 1 or Q, M] as the attention implementation takes it; hidden [B, Q, D] of the queries.
-
-    Raises ValueError where it takes none of this shape or type.
-    """
-    batch, queries = hidden.shape[:2]
-    length = seen.shape[3]
-    if seen.is_floating_point():
-        if implementation in ("sdpa", "eager"):
-            return seen.to(hidden.dtype).expand(batch, 1, queries, length)
-        raise ValueError(
-            f"{implementation} takes no float mask, which is added to the scores: use attn_implementation='sdpa'"
-        )
-    if implementation == "sdpa":
-        return seen
-    if implementation == "eager":
-        return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-    if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        rows = seen.expand(batch, 1, queries, length)
-        return create_block_mask(
-            lambda b, h, q, k: rows[b, 0, q, k], batch, None, queries, length, device=str(seen.device)
-        )
-    if seen.shape[2] == 1 and queries == length:  # flash attention drops padding, and knows no other mask
-        return seen[:, 0, 0].expand(batch, length)
-    raise ValueError(
-        f"{implementation} takes padding only, got a mask {tuple(seen.shape)}: use attn_implementation='sdpa'"
-    )
-
-
-def picture_widths(grid: Tensor) -> Tensor:
-    """Codes per line of the picture each place belongs to: [B, L]; 0 at text places.
-
-    A picture's places lie row by row, so the place of row r and column c is its start + r * width + c.
-    """
-    row, column = grid.unbind(-1)
-    index = torch.arange(grid.shape[1], device=grid.device).expand_as(row)
-    # Every place after a picture's (0, 0) shares that start; the widest column seen from it gives the width.
-    start = torch.where((row == 0) & (column == 0), index, torch.zeros_like(index)).cummax(1).values
-    last = torch.where(row >= 0, column + 1, torch.zeros_like(column))
-    return torch.zeros_like(row).scatter_reduce(1, start, last, "amax").gather(1, start) * (row >= 0)
-
-
-def fold_plan(grid: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which places lead a folded one.
-
-    A text place leads itself; an image place leads its square when its row and column are multiples of `side`.
-
-    Args:
-        grid: [B, L, 2], pictures with sides that `side` divides (ValueError otherwise).
-
-    Returns leader bool [B, L]; leads [B, M], the leaders' places in order, rows with fewer padded by place 0; and
-    group [B, L], the rank of each place's leader.
-    """
-    row, column = grid.unbind(-1)
-    image = row >= 0
-    leader = ~image | ((row % side == 0) & (column % side == 0))
-    if int(image.sum()) != int((image & leader).sum()) * side * side:
-        raise ValueError(f"a picture's code grid has a side that is no multiple of image_fold {side}: use such a size")
-    count = leader.sum(1)
-    order = torch.sort((~leader).to(torch.uint8), dim=1, stable=True).indices[:, : int(count.max())]
-    real = torch.arange(order.shape[1], device=grid.device) < count.unsqueeze(1)
-    index = torch.arange(grid.shape[1], device=grid.device)
-    back = (row % side) * picture_widths(grid) + column % side
-    rank = leader.long().cumsum(1) - 1
-    group = rank.gather(1, torch.where(image, index - back, index))
-    return leader, torch.where(real, order, torch.zeros_like(order)), group
-
-
-def fold_offsets(grid: Tensor, side: int, leads: Tensor) -> Tensor:
-    """Distance from each leader to the members of its square, row by row: [B, M, side * side]; zero at text."""
-    step = torch.arange(side, device=grid.device)
-    width = picture_widths(grid).gather(1, leads)[:, :, None, None]
-    offsets = step.view(1, 1, side, 1) * width + step.view(1, 1, 1, side)
-    return (offsets * (width > 0)).flatten(2)
+        at = plan.group if where is None else plan.group.gather(1, where)
+        # W asked tokens have at most W leaders; how many fewer only the device knows
+        fewer = narrow and at.shape[1] < plan.leads.shape[1]
+        out = self._run(plan.hidden(hidden, self.fold), plan.mask(mask), plan.positions(position_ids), cache,
+                        plan.computed(computed), at if fewer else None, fewer)
+        if fewer:
+            at = torch.arange(at.shape[1], device=at.device).expand_as(at)
+        return plan.told_apart(out, at, where, self.unfold)
 
 
 AutoConfig.register("mask_predictor", MaskPredictorConfig)

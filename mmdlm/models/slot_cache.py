@@ -23,18 +23,21 @@ class SlotCache(Cache):
 
     Args:
         batch: rows of the canvas.
+        keep_hidden: False where every pass reads places that it computes, and those only: the last layer may then leave
+            out the others, and `hidden` stays empty.
 
     `rows`: the rows of the next pass, int64 [b], or None for all of them. `hidden`: the trunk's output at every slot,
     [B, M, D]. Slots that were never computed hold zeros: hide them, or compute them first.
     """
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, *, keep_hidden: bool = True):
         super().__init__(layers=[])
-        self.batch = batch
+        self.batch, self.keep_hidden = batch, keep_hidden
         self.rows: Tensor | None = None
         self.hidden: Tensor | None = None
         self.length = 0  # slots that this pass sees
         self._slots: Tensor | None = None
+        self._rank: Tensor | None = None
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
@@ -48,13 +51,14 @@ class SlotCache(Cache):
         twice alike, and so a row does not depend on its neighbours. The keys of the mask stay all slots.
         """
         batch, self.length, width = hidden.shape
-        self._slots = None
+        self._slots = self._rank = None
         if computed is None or bool(computed.all()):
             return hidden, attention_mask, position_ids
         count = computed.sum(dim=1, keepdim=True)
         order = (~computed).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(count.max())]
         real = torch.arange(order.shape[1], device=order.device) < count
         slots = self._slots = torch.where(real, order, order[:, :1])
+        self._rank = (computed.long().cumsum(dim=1) - 1).clamp_min(0)
         if position_ids is None:
             position_ids = torch.arange(self.length, device=hidden.device)
         if attention_mask is not None and attention_mask.shape[2] > 1:
@@ -62,6 +66,10 @@ class SlotCache(Cache):
             attention_mask = attention_mask.expand(batch, -1, -1, -1).gather(2, rows)
         hidden = hidden.gather(1, slots.unsqueeze(-1).expand(-1, -1, width))
         return hidden, attention_mask, position_ids.expand(batch, self.length).gather(1, slots)
+
+    def among_computed(self, read: Tensor) -> Tensor:
+        """Where the slots `read` int [b, W] stand among the computed ones; slots that are not, anywhere."""
+        return read if self._rank is None else self._rank.gather(1, read)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mmdlm.errors import InputError
 from mmdlm.pipelines import layouts
-from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback, editable_places
+from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback, cache_report, editable_places
 from mmdlm.sampling.denoise import Predictor
-from mmdlm.sampling.predictors import full, guided, other_canvas
+from mmdlm.sampling.guidance_interval import check_interval, within
+from mmdlm.sampling.predictors import guided, other_canvas
 from mmdlm.sampling.replay import Recording
 from mmdlm.sequence import Canvas
 
@@ -27,12 +28,16 @@ from mmdlm.sequence import Canvas
 class PicturesOutput(BaseOutput):
     """`images`: B Pillow pictures, or [B, 3, H, W] in [-1, 1] for output_type="pt". `codes`: int64 [B, h, w].
 
-    `confidence`: float [B, h, w], the probability at which each code was drawn, guidance included.
+    `confidence`: float [B, h, w], the probability at which each code was drawn, guidance included. `forwards`: passes
+    of the loop; `tokens_per_forward`: codes written in one, of one row; `cache`: what the caches report.
     """
 
     images: list[Image.Image] | Tensor
     codes: Tensor
     confidence: Tensor
+    forwards: int = 0
+    tokens_per_forward: float = 0.0
+    cache: dict[str, float] | None = None
 
 
 class TextToImage(MMDLMPipeline):
@@ -46,6 +51,9 @@ class TextToImage(MMDLMPipeline):
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        negative_prompt: str | None = None,
+        cache: Mapping[str, Any] | None = None,
         policy: Mapping[str, Any] | None = None,
         generator: Generators | None = None,
         callback_on_step_end: StepCallback | None = None,
@@ -55,7 +63,10 @@ class TextToImage(MMDLMPipeline):
         """Draw `num_images_per_prompt` pictures of every prompt, in the prompts' order.
 
         What is None comes from the model's preset "draw". guidance_scale: logits = without the prompt +
-        scale * (with - without); 1 is no guidance. `policy`: {"name": ..., **settings}, see `policy_from_config`.
+        scale * (with - without); 1 is no guidance. guidance_interval: the shares of masked codes between which it is
+        used, (0, 1) is always, see `within`. negative_prompt: guide away from this instead of from no prompt. `cache`:
+        {"name": "image_cache", **settings}, see `cached_from_config`. `policy`: {"name": ..., **settings}, see
+        `policy_from_config`.
         `generator`: one for all pictures, or one for each; a picture with
         a generator of its own does not depend on the others. `callback_on_step_end(pipe, step, share still undecided,
         {"codes": best guess [B, h, w], "undecided": bool [B, h, w]})` runs after every step; what it returns is not
@@ -65,10 +76,11 @@ class TextToImage(MMDLMPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         settings = self._settings("draw", num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                                  policy=policy)
+                                  guidance_interval=guidance_interval, cache=cache, policy=policy)
         if output_type not in ("pil", "pt"):
             raise InputError(f"output_type is {output_type!r}, expected 'pil' or 'pt'.")
-        canvas, predict = self.prepare(prompts, num_images_per_prompt, settings["guidance_scale"])
+        canvas, predict, branches = self.prepare(prompts, num_images_per_prompt, settings["guidance_scale"],
+                                                 negative_prompt=negative_prompt, settings=settings)
         shape = (len(canvas.ids), *self.grid)
         first_id = self.processor.vocabulary.image_start
         mask_id = self.processor.vocabulary.mask_id
@@ -87,10 +99,24 @@ class TextToImage(MMDLMPipeline):
             images=self.processor.images(pixels) if output_type == "pil" else pixels,
             codes=codes,
             confidence=state.confidence[canvas.editable].view(shape),
+            forwards=state.forwards,
+            tokens_per_forward=shape[1] * shape[2] / max(state.forwards, 1),
+            cache=cache_report(*branches),
         )
 
-    def prepare(self, prompts: Sequence[str], copies: int, guidance_scale: float) -> tuple[Canvas, Predictor]:
-        """The canvas [B, L] whose places for codes are masked, and the predictor that fills them."""
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        copies: int,
+        guidance_scale: float,
+        *,
+        negative_prompt: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> tuple[Canvas, Predictor, list[Predictor]]:
+        """The canvas [B, L] whose places for codes are masked, the predictor that fills them, and its branches.
+
+        `settings`: whose cache and guidance_interval are used, if they have them.
+        """
         if not prompts or copies < 1:
             raise InputError(f"Got {len(prompts)} prompts, {copies} pictures each, expected at least one of both.")
         rows = []
@@ -100,20 +126,19 @@ class TextToImage(MMDLMPipeline):
             row = layouts.draw_canvas(prompt, self.grid, self.processor, self.family)
             rows += [row] * copies
         canvas, mask = self._batch(rows, "prompt")
-        predict = self._predictor(canvas, mask)
+        columns, interval = self.processor.vocabulary.image_columns, (settings or {}).get("guidance_interval")
+        predict = self._predictor(canvas, mask, columns, settings)
+        if interval is not None:
+            check_interval(interval)
         if guidance_scale == 1:
-            return canvas, predict
-        unprompted = layouts.draw_canvas("", self.grid, self.processor, self.family)
-        # It is shorter than the prompted ones and has no padding: its forward costs that much less.
-        empty, _ = self._batch([unprompted] * len(rows), "prompt")
+            return canvas, predict, [predict]
+        unprompted = layouts.draw_canvas(negative_prompt or "", self.grid, self.processor, self.family)
+        # Without a prompt it is shorter than the prompted ones and has no padding: its forward costs that much less.
+        empty, _ = self._batch([unprompted] * len(rows), "negative prompt")
         other = other_canvas(empty.ids, editable_places(canvas), editable_places(empty))
-        return canvas, guided(predict, self._predictor(empty, None), guidance_scale, other=other)
-
-    def _predictor(self, canvas: Canvas, mask: Tensor | None) -> Predictor:
-        return full(
-            self.model,
-            attention_mask=mask,
-            position_ids=canvas.positions,
-            grid=canvas.grid,
-            columns=self.processor.vocabulary.image_columns,
-        )
+        unconditional = self._predictor(empty, None, columns, settings)
+        both = guided(predict, unconditional, guidance_scale, other=other, kept=self._first_pass)
+        if interval is not None:
+            both = within(both, predict, interval, editable=canvas.editable,
+                          mask_id=self.processor.vocabulary.mask_id)
+        return canvas, both, [predict, unconditional]

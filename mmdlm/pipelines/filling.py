@@ -10,11 +10,10 @@ Shape letters: B rows, L positions, A places for words, C combinations of choice
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -25,18 +24,20 @@ from mmdlm import sequence
 from mmdlm.errors import InputError
 from mmdlm.pipelines import layouts
 from mmdlm.pipelines.describing import Token, told_apart
-from mmdlm.pipelines.given import Given, given_picture, put_back
+from mmdlm.pipelines.given import given_picture, put_back
+from mmdlm.pipelines.partial_rows import PartialRow, hidden, varied
 from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback
 from mmdlm.processing import Picture
 from mmdlm.sampling.choices import chain_log_probability, without
 from mmdlm.sampling.denoise import Predictor
 from mmdlm.sampling.draws import row_generators
+from mmdlm.sampling.formats import Automaton, Formats, Span
 from mmdlm.sampling.mixtures import by_modality, draw_by_modality
 from mmdlm.sampling.policies import draw_from_config, policy_from_config
 from mmdlm.sampling.predictors import full, guided, other_canvas, restricted
 from mmdlm.sampling.replay import Recording
 from mmdlm.sequence import IMAGE, Canvas
-from mmdlm.templates import Hole, Layout, combinations, lay_out, parse_template
+from mmdlm.templates import Hole, Layout, combinations, lay_out, parse_template, patterns
 
 
 @dataclass
@@ -55,20 +56,6 @@ class FillOutput(BaseOutput):
     texts: list[str] | None
     tokens: list[list[Token]] | None
     choices: list[list[dict[str, float]]] | None
-
-
-class _Row(NamedTuple):
-    """What is given of one row; h x w codes, A places for words."""
-
-    given: Given | None
-    codes: Tensor  # int64 [h, w]
-    opened: Tensor  # bool [h, w]: codes to be drawn, whose value means nothing
-    words: Tensor  # int64 [A], masks in the holes
-    free: Tensor  # bool [A]: to be filled
-    open: Tensor  # bool [A]: where the text may end
-    choices: list[dict[str, float]]
-    confidence: Tensor  # float [h, w]
-    sure: Tensor  # float [A]
 
 
 class Fill(MMDLMPipeline):
@@ -136,7 +123,7 @@ class Fill(MMDLMPipeline):
         strength: float | None,
         answer_length: int,
         generator: Generators | None,
-    ) -> tuple[list[_Row], list[torch.Generator]]:
+    ) -> tuple[list[PartialRow], list[torch.Generator]]:
         """What is given, row by row, choices made; and a generator for each row."""
         texts = [text] if text is None or isinstance(text, str) else list(text)
         pictures, masked = _listed(images), _listed(masks)
@@ -153,7 +140,7 @@ class Fill(MMDLMPipeline):
         if strength is not None and not 0 < strength <= 1:
             raise InputError(f"strength is {strength!r}, expected the share of the picture to draw anew, in (0, 1].")
         generators = row_generators(generator, count, torch.device("cpu"))
-        seen: dict[tuple[int, int, int], _Row] = {}  # a picture that is given once is read once
+        seen: dict[tuple[int, int, int], PartialRow] = {}  # a picture that is given once is read once
         rows = []
         for index in range(count):
             at = index % len(pictures), index % len(masked), index % len(texts)
@@ -161,12 +148,12 @@ class Fill(MMDLMPipeline):
             if key not in seen:
                 seen[key] = self._known(pictures[at[0]], masked[at[1]], extend, texts[at[2]], answer_length)
             row = seen[key]
-            rows.append(row if strength is None else _varied(row, strength, generators[index]))
+            rows.append(row if strength is None else varied(row, strength, generators[index]))
         return rows, generators
 
     def _known(
         self, picture: Picture | None, mask: Picture | None, extend: Sequence[int] | None, text: str | None, least: int
-    ) -> _Row:
+    ) -> PartialRow:
         """One row as it is given, its choices made."""
         given, codes = None, torch.zeros(self.grid, dtype=torch.long)
         opened = torch.ones(self.grid, dtype=torch.bool)
@@ -177,13 +164,14 @@ class Fill(MMDLMPipeline):
             codes, opened = self.visual_tokenizer.encode(pixels)[0].cpu(), given.cells
         template = parse_template(text or "")
         layout = lay_out(template, self.processor.text_ids, self.processor.vocabulary, least=least)
-        row = _Row(given, codes, opened, words=layout.ids[0], free=layout.free[0], open=layout.open[0], choices=[],
+        row = PartialRow(given, codes, opened, words=layout.ids[0], free=layout.free[0], open=layout.open[0],
+                   pattern=layout.pattern[0], patterns=patterns(template), choices=[],
                    confidence=(~opened).float(), sure=torch.ones(layout.ids.shape[1]))
         if template:
             self._batch([self._canvas(row)], "text")  # too long a text shows before any work
         return row if len(layout.ids) == 1 else self._choose(row, template, layout)
 
-    def _choose(self, row: _Row, template: Sequence[str | Hole], layout: Layout) -> _Row:
+    def _choose(self, row: PartialRow, template: Sequence[str | Hole], layout: Layout) -> PartialRow:
         """The likeliest combination of the choices: each scored exactly, given the picture and the rest of the text."""
         vocabulary, width = self.processor.vocabulary, layout.ids.shape[1]
         canvas = self._canvas(row)
@@ -196,7 +184,8 @@ class Fill(MMDLMPipeline):
         batch, _ = self._batch([canvas], "text")
 
         def predict(ids: Tensor, where: Tensor) -> Tensor:
-            places = {"position_ids": batch.positions.expand(len(ids), -1), "grid": batch.grid.expand(len(ids), -1, -1)}
+            places: dict[str, Any] = {"position_ids": batch.positions.expand(len(ids), -1)}
+            places["grid"] = batch.grid.expand(len(ids), -1, -1)
             return full(self.model, columns=vocabulary.text_columns, **places)(ids, where)
 
         device = batch.ids.device
@@ -214,9 +203,9 @@ class Fill(MMDLMPipeline):
         ]
         sure = torch.where(layout.chosen[best], float(odds[best]), 1.0)
         words, free, open_ = (part[best] for part in layout[:3])
-        return row._replace(words=words, free=free, open=open_, choices=tables, sure=sure)
+        return row._replace(words=words, free=free, open=open_, pattern=layout.pattern[best], choices=tables, sure=sure)
 
-    def _canvas(self, row: _Row, *, with_codes: bool = False) -> Canvas:
+    def _canvas(self, row: PartialRow, *, with_codes: bool = False) -> Canvas:
         """The describe layout [L]: the picture as far as it is known, then the words; `with_codes`: both editable."""
         vocabulary = self.processor.vocabulary
         if min(vocabulary.bos_id, vocabulary.describe_id, vocabulary.eos_id) < 0:
@@ -229,18 +218,18 @@ class Fill(MMDLMPipeline):
                 sequence.text(row.words, editable=row.free),
             ]
         )
-        return _hidden(canvas, row.opened, vocabulary.mask_id)
+        return hidden(canvas, row.opened, vocabulary.mask_id)
 
     def _find_words(
         self,
-        rows: list[_Row],
+        rows: list[PartialRow],
         describing: Mapping[str, Any],
         drawing: Mapping[str, Any] | None,
         *,
         generators: list[torch.Generator],
         callback: StepCallback | None,
         replay: Recording | None,
-    ) -> list[_Row]:
+    ) -> list[PartialRow]:
         """The rows with their words found; and with their codes, in the same run, where `drawing` is given."""
         vocabulary = self.processor.vocabulary
         canvas, mask = self._batch([self._canvas(row, with_codes=drawing is not None) for row in rows], "text")
@@ -253,7 +242,7 @@ class Fill(MMDLMPipeline):
         settings, policy, draw = describing, None, None
         if drawing is None:
             first_id = vocabulary.text_columns[0]
-            predict = full(self.model, columns=vocabulary.text_columns, **seen)
+            predict: Predictor = full(self.model, columns=vocabulary.text_columns, **seen)
         else:
             first_id, settings = 0, {**drawing, "block_length": None}
             predict = restricted(full(self.model, **seen), canvas.modality,
@@ -264,6 +253,11 @@ class Fill(MMDLMPipeline):
                                     image=draw_from_config(drawing["draw"]))
         special = self.processor.tokenizer.all_special_ids
         predict = without(predict, inside, special, first_id=first_id)
+        spans = self._spans(rows, length)
+        if spans:
+            formats = Formats(spans, mask_id=vocabulary.mask_id, first_id=first_id)
+            base = draw_from_config(describing["draw"]) if draw is None else draw
+            predict, draw = formats.predict(predict), formats.draw(base)
         states = self._run(canvas, predict, settings, first_id=first_id, generator=generators, policy=policy, draw=draw,
                            replay=replay)
         open_places = canvas.editable & (canvas.ids == vocabulary.mask_id)
@@ -283,15 +277,28 @@ class Fill(MMDLMPipeline):
             found.append(row)
         return found
 
+    def _spans(self, rows: Sequence[PartialRow], length: int) -> list[Span]:
+        """The holes with patterns of a canvas [B, length] that ends in the rows' words."""
+        known: dict[tuple[str, bool], Automaton] = {}
+        spans = []
+        for index, row in enumerate(rows):
+            for number, pattern in enumerate(row.patterns, 1):
+                places = (row.pattern == number).nonzero()[:, 0]
+                key = pattern, bool(row.open[places].any())
+                if key not in known:
+                    known[key] = self._automaton(pattern, ends=key[1])
+                spans.append(Span(index, places + length - len(row.words), known[key]))
+        return spans
+
     def _draw_codes(
         self,
-        rows: list[_Row],
+        rows: list[PartialRow],
         settings: Mapping[str, Any],
         *,
         generators: list[torch.Generator],
         callback: StepCallback | None,
         replay: Recording | None,
-    ) -> list[_Row]:
+    ) -> list[PartialRow]:
         """The rows with their open codes drawn from their words, in the draw layout, with guidance."""
         vocabulary = self.processor.vocabulary
         prompts = [self._said(row) for row in rows]
@@ -315,7 +322,7 @@ class Fill(MMDLMPipeline):
         return [row._replace(codes=codes[index].view(self.grid), confidence=sure[index].view(self.grid))
                 for index, row in enumerate(rows)]
 
-    def _drawn(self, rows: Sequence[_Row], prompts: Sequence[list[int]]) -> tuple[Canvas, Predictor]:
+    def _drawn(self, rows: Sequence[PartialRow], prompts: Sequence[list[int]]) -> tuple[Canvas, Predictor]:
         """The draw layout [B, L] with masks at the open codes, and its predictor."""
         vocabulary = self.processor.vocabulary
         canvases = []
@@ -323,17 +330,17 @@ class Fill(MMDLMPipeline):
             canvas = sequence.draw_canvas(prompt, row.codes, self.grid, vocabulary)
             editable = canvas.editable.clone()
             editable[canvas.modality == IMAGE] = row.opened.flatten()
-            canvases.append(_hidden(canvas._replace(editable=editable), row.opened, vocabulary.mask_id))
+            canvases.append(hidden(canvas._replace(editable=editable), row.opened, vocabulary.mask_id))
         canvas, mask = self._batch(canvases, "text")
         return canvas, full(self.model, attention_mask=mask, position_ids=canvas.positions, grid=canvas.grid,
                             columns=vocabulary.image_columns)
 
-    def _said(self, row: _Row) -> list[int]:
+    def _said(self, row: PartialRow) -> list[int]:
         """A row's words up to their end."""
         ids: list[int] = row.words.tolist()
         return ids[: ids.index(self.processor.vocabulary.eos_id)] if self.processor.vocabulary.eos_id in ids else ids
 
-    def _output(self, rows: Sequence[_Row], *, with_text: bool, drawn: bool, keep_pixels: bool) -> FillOutput:
+    def _output(self, rows: Sequence[PartialRow], *, with_text: bool, drawn: bool, keep_pixels: bool) -> FillOutput:
         texts, tokens, choices = None, None, None
         if with_text:
             texts = [self.processor.text(row.words) for row in rows]
@@ -349,31 +356,6 @@ class Fill(MMDLMPipeline):
                         for row, picture in zip(rows, pictures, strict=True)]
         opened, sure = (torch.stack([getattr(row, name) for row in rows]) for name in ("opened", "confidence"))
         return FillOutput(pictures, codes, opened, sure, texts, tokens, choices)
-
-
-def _varied(row: _Row, strength: float, generator: torch.Generator) -> _Row:
-    """A share of a row's codes masked at random: of those under the mask, where there is one."""
-    assert row.given is not None
-    among = row.opened if bool(row.opened.any()) else torch.ones_like(row.opened)
-    places = among.flatten().nonzero().flatten()
-    count = math.ceil(strength * len(places))
-    luck = torch.rand(len(places), generator=generator, dtype=torch.float64, device=generator.device).cpu()
-    opened = torch.zeros_like(row.opened).flatten()
-    opened[places[luck.argsort()[:count]]] = True
-    opened = opened.view(row.opened.shape)
-    # pixels are kept cell by cell, so in the picture as the tokenizer sees it
-    square = row.given.square
-    cells = Image.fromarray(opened.numpy().astype("uint8") * 255)
-    hole = cells.resize(square.size, Image.Resampling.NEAREST)
-    return row._replace(opened=opened, given=Given(square, hole, square, opened), confidence=(~opened).float())
-
-
-def _hidden(canvas: Canvas, opened: Tensor, mask_id: int) -> Canvas:
-    """The canvas [L] with masks at its picture's open codes."""
-    ids = canvas.ids.clone()
-    at = canvas.modality == IMAGE
-    ids[at] = torch.where(opened.flatten(), mask_id, ids[at])
-    return canvas._replace(ids=ids)
 
 
 def _image_places(canvas: Canvas) -> Tensor:

@@ -5,6 +5,7 @@ Shape letters: B rows, L positions, W asked positions, V ids, h x w the grid of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,25 @@ from mmdlm.errors import InputError
 from mmdlm.model_directory import (
     check_model_directory,
     finish_model_directory,
+    model_hash,
     read_presets,
     weight_names,
     write_presets,
 )
+from mmdlm.models.adapters import adapter_directory, adapter_names, load_adapter
 from mmdlm.models.mask_predictor import MaskPredictor
+from mmdlm.models.new_words import new_words, processor_with
 from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.models.vq_tokenizer import VQTokenizer
 from mmdlm.pipelines import layouts
 from mmdlm.processing import MMDLMProcessor
+from mmdlm.sampling.cached_predictor import CachedPredictor
+from mmdlm.sampling.caches import cached_from_config
 from mmdlm.sampling.denoise import Policy, Predictor, State, denoise
 from mmdlm.sampling.draws import Draw
+from mmdlm.sampling.formats import Automaton, automaton_of_pattern, token_bytes
 from mmdlm.sampling.policies import ADAPTIVE, REVISING, draw_from_config, policy_from_config
+from mmdlm.sampling.predictors import full
 from mmdlm.sampling.replay import Recording
 from mmdlm.sequence import Canvas
 
@@ -77,6 +85,7 @@ class MMDLMPipeline(DiffusionPipeline):
             )
         self.register_modules(model=model, visual_tokenizer=visual_tokenizer, processor=processor)
         self.presets = {task: dict(preset) for task, preset in DEFAULT_PRESETS.items()}
+        self._first_pass: dict[str, Any] = {}  # what guidance knows of a canvas without prompt or picture
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -85,6 +94,7 @@ class MMDLMPipeline(DiffusionPipeline):
         *,
         dtype: torch.dtype = torch.float32,
         quantize: str | None = None,
+        adapter: str | Path | None = None,
         device_map: str | torch.device | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -93,11 +103,15 @@ class MMDLMPipeline(DiffusionPipeline):
         With `quantize`, "8bit" or "4bit", the mask predictor's matrices are held in so many bits (bitsandbytes) on
         `device_map`'s device, where it stays: `to` moves the other parts only.
 
+        `adapter`: a run of `mmdlm finetune`, or an adapter's directory, of this very model.
+
         Safetensors only, and only classes of this package: no code of the directory's is run. Raises InputError
         when it is no mmdlm model, incomplete, broken, or of another version.
         """
         directory = shipped_model() if pretrained_model_name_or_path is None else Path(pretrained_model_name_or_path)
         check_model_directory(directory)
+        if adapter is not None:
+            adapter = adapter_directory(Path(adapter))  # a wrong path shows before anything slow happens
         if quantize is not None:
             from mmdlm.convert import load_predictor
 
@@ -115,11 +129,22 @@ class MMDLMPipeline(DiffusionPipeline):
             _check_all_weights_used(getattr(pipe, name), directory / name)
             # torch's own: diffusers' `to` warns about modules it would rather keep in float32, of which there are none.
             torch.nn.Module.to(getattr(pipe, name), dtype)
+        if adapter is not None:
+            load_adapter(pipe.model, adapter, base=model_hash(directory))
+            if new_words(pipe.model):
+                pipe.register_modules(processor=processor_with(pipe.processor, new_words(pipe.model)))
         pipe.presets = read_presets(directory, DEFAULT_PRESETS)
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the model directory that `from_pretrained` reads: diffusers' layout, safetensors, and the presets."""
+        """Write the model directory that `from_pretrained` reads: diffusers' layout, safetensors, and the presets.
+
+        Raises InputError while an adapter is in the model: of such a model only the adapter would be written.
+        """
+        if adapter_names(self.model):
+            raise InputError(
+                "An adapter is in the model, a model directory holds none: merge_adapter(pipe.model) before saving."
+            )
         super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
         write_presets(Path(save_directory), self.presets)
         finish_model_directory(Path(save_directory))
@@ -134,6 +159,28 @@ class MMDLMPipeline(DiffusionPipeline):
         """(h, w): rows and columns of codes in a picture of the processor's size."""
         side = self.processor.image_size // self.visual_tokenizer.downsample
         return side, side
+
+    def answer_canvas(
+        self, codes: Tensor, question: str | None, length: int, answer: Sequence[int] | None = None
+    ) -> Canvas:
+        """Codes [h, w] and a question (None: to be described), with `length` places for an answer, in its layout.
+
+        answer: ids that stand there, filled up with eos, to be judged; None for masks. Raises InputError for an answer
+        that has no room together with one eos, and for a published model without such a layout.
+        """
+        canvas = layouts.answer_canvas(codes.cpu(), question, length, self.grid, self.processor, self.family)
+        if answer is None:
+            return canvas
+        if len(answer) >= length:
+            raise InputError(f"An answer has {len(answer)} tokens, expected at most {length - 1}: shorten it.")
+        eos = [self.processor.vocabulary.eos_id] * (length - len(answer))
+        return canvas._replace(ids=canvas.ids.masked_scatter(canvas.editable, torch.tensor([*answer, *eos])))
+
+    def draw_canvas(self, text: str, codes: Tensor) -> Canvas:
+        """The codes [h, w] of a picture drawn from `text`, to be judged, in this model's layout; "" is no condition."""
+        canvas = layouts.draw_canvas(text, self.grid, self.processor, self.family)
+        ids = self.processor.vocabulary.image_ids(codes.cpu()).flatten()
+        return canvas._replace(ids=canvas.ids.masked_scatter(canvas.editable, ids))
 
     @torch.no_grad()
     def preview(self, codes: Tensor, undecided: Tensor) -> list[Image.Image]:
@@ -163,6 +210,9 @@ class MMDLMPipeline(DiffusionPipeline):
             raise InputError(
                 f"guidance_scale is {scale!r}, but this model was never trained without prompts: leave it at 1."
             )
+        block, places = settings.get("block_length"), settings.get("answer_length") or math.prod(self.grid)
+        if block is not None and (not isinstance(block, int) or block < 1 or places % block):
+            raise InputError(f"block_length is {block!r}, expected a number that divides the {places} places to fill.")
         policy_from_config(settings["policy"]), draw_from_config(settings["draw"])  # a bad one shows before any work
         return settings
 
@@ -180,6 +230,24 @@ class MMDLMPipeline(DiffusionPipeline):
         mask = attention.full(valid)
         device = self._execution_device
         return Canvas(*(part.to(device) for part in canvas)), None if mask is None else mask.to(device)
+
+    def _predictor(self, canvas: Canvas, mask: Tensor | None, columns: tuple[int, int],
+                   settings: Mapping[str, Any] | None = None) -> Predictor:
+        """The model's logits of `columns` over a canvas [B, L], through the cache that the settings name, if any."""
+        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": canvas.positions, "grid": canvas.grid}
+        inputs["columns"] = columns
+        cache = (settings or {}).get("cache")
+        if settings is None or not cache:
+            return full(self.model, **inputs)
+        return cached_from_config(cache, self.model, steps=settings["num_inference_steps"], **inputs)
+
+    def _automaton(self, pattern: str, *, ends: bool) -> Automaton:
+        """The automaton of a regular expression over this model's words; `ends`: the text may stop before its room."""
+        tokenizer, vocabulary = self.processor.tokenizer, self.processor.vocabulary
+        first, end = vocabulary.text_columns
+        words = ((text, number) for text, number in tokenizer.get_vocab().items() if first <= number < end)
+        special = {*tokenizer.all_special_ids, vocabulary.mask_id, vocabulary.eos_id}
+        return automaton_of_pattern(pattern, token_bytes(words, special), eos_id=vocabulary.eos_id, ends=ends)
 
     def _run(
         self,
@@ -224,6 +292,15 @@ class MMDLMPipeline(DiffusionPipeline):
                     written += int(state.written.sum())
                     bar.set_postfix_str(f"{written / max(state.forwards, 1):.1f} tokens per forward")
                 yield state
+
+
+def cache_report(*predictors: Predictor) -> dict[str, float] | None:
+    """What the caches among the predictors did in a run, summed or averaged; None where there is none."""
+    reports = [predict.report() for predict in predictors if isinstance(predict, CachedPredictor)]
+    if not reports:
+        return None
+    told = {name: sum(report[name] for report in reports) for name in reports[0]}
+    return told | {name: told[name] / len(reports) for name in ("tokens_per_forward", "computed_share")}
 
 
 def editable_places(canvas: Canvas) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmdlm.attention import block_causal
 from mmdlm.errors import InputError
-from mmdlm.models.mask_predictor import fold_plan
+from mmdlm.models.folding import Folding, fold_plan, folding
 from mmdlm.models.slot_cache import SlotCache, check_cacheable
 
 
@@ -61,6 +61,7 @@ class CachedPredictor:
         self.block = block
         self.cache: SlotCache | None = None
         self.blocks: Tensor | None = None  # [B, L], with `block`
+        self.folding: Folding | None = None  # of the whole canvas
         self.seen: Tensor | None = None  # [B, L] the ids with which each place was last computed
         self._before: tuple[Tensor, Tensor] | None = None  # the ids and the asked places of the last call
         self._counts = dict.fromkeys(("forwards", "hits", "refreshes", "tokens", "computed", "places"), 0)
@@ -104,7 +105,10 @@ class CachedPredictor:
         """A canvas of another shape than the last: nothing that is kept serves any more."""
         if self.seen is not None and self.seen.shape == ids.shape:
             return
-        self.cache, self.seen = SlotCache(len(ids)), torch.full_like(ids, -2)  # no id, nor an absent place's -1
+        # a rule without blocks always computes what is asked, which is then all that anybody reads
+        reads_computed = self.block is None and self.look is None and not self.offset
+        self.cache = SlotCache(len(ids), keep_hidden=not reads_computed)
+        self.seen = torch.full_like(ids, -2)  # no id, nor an absent place's -1
         if isinstance(self.block, int):
             self.blocks = (torch.arange(ids.shape[1], device=ids.device) // self.block).expand_as(ids)
         elif self.block is not None:
@@ -113,6 +117,8 @@ class CachedPredictor:
                     f"block is {tuple(self.block.shape)} for ids {tuple(ids.shape)}: pass an index per position"
                 )
             self.blocks = self.block
+        grid = self.inputs["grid"]
+        self.folding = folding(grid.expand(*ids.shape, 2), self.fold) if self.fold > 1 and grid is not None else None
         if self.blocks is not None:
             _check_whole_squares(self.blocks, self.inputs["grid"], self.fold)
 
@@ -163,13 +169,16 @@ class CachedPredictor:
         places = where[rows].clamp(max=end - 1)  # what fills a row up may lie in a later block: nobody reads it
         if self.look is not None:
             places = torch.arange(end, device=ids.device).expand(len(places), -1)
+        plan = self.folding if end == ids.shape[1] else None
+        plan = plan if plan is None or everyone else plan.rows(rows)
         mine = computed[rows, :end]
         self._counts["forwards"] += 1
         self._counts["computed"] += int(mine.sum())
         self._counts["places"] += int(rows.sum()) * ids.shape[1]
         with torch.no_grad():
             logits = self.model(
-                ids[rows, :end], **inputs, where=places, columns=self.columns, cache=self.cache, computed=mine
+                ids[rows, :end], **inputs, where=places, columns=self.columns, cache=self.cache, computed=mine,
+                folding=plan,
             ).logits
         self.seen = torch.where(computed & rows.unsqueeze(1), ids, self.seen)
         if self.look is None:

@@ -19,7 +19,8 @@ Shape letters: B rows, L positions, W asked places, V columns of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -149,6 +150,32 @@ def image_cache(
 
     seen = None if attention_mask is None else _seen_keys(attention_mask)
     return CachedPredictor(model, rule, attention_mask, position_ids, grid, columns, look=look)
+
+
+def cached_from_config(
+    config: Mapping[str, Any], model: nn.Module, *, steps: int | None, **inputs: Any
+) -> CachedPredictor:
+    """{"name": "prefix_cache" | "dual_cache" | "block_cache" | "image_cache", **settings} -> the predictor.
+
+    `inputs`: those of `full`; `steps`: of the run, for image_cache. Raises InputError for an unknown name or setting.
+    """
+    settings = dict(config)
+    name = settings.pop("name", None)
+    made: dict[str, Callable[..., CachedPredictor]] = {
+        "prefix_cache": prefix_cache, "dual_cache": dual_cache, "block_cache": block_cache, "image_cache": image_cache,
+    }
+    if name not in made:
+        raise InputError(f"cache is {name!r}, expected one of {', '.join(made)}.")
+    allowed = set(inspect.signature(made[name]).parameters) - {"model", "steps", *inputs}
+    unknown = sorted(settings.keys() - allowed)
+    if unknown:
+        raise InputError(f"{name} has no setting {unknown[0]!r}, expected one of {', '.join(sorted(allowed))}.")
+    if name == "image_cache":
+        if steps is None:
+            raise InputError("image_cache needs the number of steps, which this policy finds out by itself, expected "
+                             "steps: give them, or take another cache.")
+        settings["steps"] = steps
+    return made[name](model, **settings, **inputs)
 
 
 def _keep_outside(region_of: Callable[[Tensor], Tensor], refresh_interval: int | None) -> Rule:

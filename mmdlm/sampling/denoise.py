@@ -163,20 +163,23 @@ def passes(
     masked = editable & (x == mask_id)
     x0, confidence, made = x, (~masked).float(), 0
     progress = _advance(None, masked, block_of, counts, shares, revise)
-    if bool(progress.done.all()):
-        yield State(x, x0, confidence, torch.zeros_like(masked), 0, progress.done, 0)
-    while not bool(progress.done.all()):
+    shut = torch.tensor([mask_id - first_id], device=x.device)
+    while True:
         reached = (block_of <= progress.block.unsqueeze(1)) & ~progress.done.unsqueeze(1)
         asked = reached & (editable if revise else masked)
+        # a row that is not done asks something: the one number of a pass that the host waits for also ends the loop
+        width = int(asked.sum(dim=1).max())
+        if width == 0:
+            break
         # A stable sort packs the asked places to the left in order of position and fills up with other places of the
         # row, never twice the same: writing back cannot collide.
-        where = (~asked).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(asked.sum(dim=1).max())]
+        where = (~asked).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         asked, open_, now = asked.gather(1, where), (asked & masked).gather(1, where), x.gather(1, where)
 
         logits = yield Asked(x, where)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not keep_masks and 0 <= mask_id - first_id < logits.shape[-1]:
-            logits = logits.index_fill(-1, torch.tensor(mask_id - first_id, device=x.device), -torch.inf)
+            logits = logits.index_fill(-1, shut, -torch.inf)
         columns, sure = draw(logits, where, asked, generators)
         drawn = columns + first_id
 
@@ -207,6 +210,8 @@ def passes(
         masked, made = editable & (x == mask_id), made + 1
         progress = _advance(progress, masked, block_of, counts, shares, revise, settled)
         yield State(x, x0, confidence, written, made, progress.done, made)
+    if made == 0:
+        yield State(x, x0, confidence, torch.zeros_like(masked), 0, progress.done, 0)
 
 
 class _Progress(NamedTuple):

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mmdlm.errors import InputError
 
+NUMBERS_AT_ONCE = 1 << 22  # of float64; more than a whole row of most models, and never a full vocabulary's canvas
+
 # (logits [B, W, V], where [B, W], asked [B, W] bool, one generator per row) -> columns [B, W], confidence [B, W]
 Draw = Callable[[Tensor, Tensor, Tensor, list[torch.Generator]], tuple[Tensor, Tensor]]
 
@@ -104,13 +106,16 @@ def uniform(generators: Sequence[torch.Generator], asked: Tensor) -> Tensor:
 def gumbel(generators: Sequence[torch.Generator], asked: Tensor, columns: int | None = None) -> Tensor:
     """Standard Gumbel noise, float32 [B, W] or [B, W, columns], taken row by row as in `uniform`.
 
-    Drawn in float64, one row at a time: float32 has 24 random bits, which cuts the tail off and sharpens the
-    distribution that is sampled (arXiv:2409.02908). The number kept needs no more than float32.
+    Drawn in float64, one row at a time and of that 32 MB: float32 has 24 random bits, which cuts the tail off and
+    sharpens the distribution that is sampled (arXiv:2409.02908). The number kept needs no more than float32.
     """
     shape = asked.shape if columns is None else (*asked.shape, columns)
     noise = torch.zeros(shape, dtype=torch.float32, device=asked.device)
+    at_once = max(NUMBERS_AT_ONCE // (columns or 1), 1)
     for row, count in enumerate(asked.sum(dim=1).tolist()):
-        noise[row, :count] = _rand(generators[row], count, *shape[2:]).log_().neg_().log_().neg_()
+        for start in range(0, count, at_once):
+            some = _rand(generators[row], min(at_once, count - start), *shape[2:])
+            noise[row, start : start + len(some)] = some.log_().neg_().log_().neg_()
     return noise
 
 

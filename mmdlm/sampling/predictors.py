@@ -4,21 +4,57 @@ They compose, `guided(restricted(full(model)), ...)`, and the loop knows none of
 everywhere: logits = unconditional + scale * (conditional - unconditional), so that scale 1 is no guidance and scale 0
 the unconditional model (LLaDA's and MMaDA's w is scale - 1; classifier-free guidance, arXiv:2207.12598).
 
-Shape letters: B rows, L positions, W asked places, V columns of the logits, E places that two canvases share.
+Logits are linear in the hidden states that the head reads, so guidance weighs those and runs the head once, wherever
+its branches are heads of one model (`Headed`, which `full` makes).
+
+Shape letters: B rows, L positions, W asked places, V columns of the logits, D width, E places that two canvases share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdlm.errors import InputError
+from mmdlm.models.weights import WeightsState, weights_that_decide
 from mmdlm.sampling.denoise import Predictor
 
 # (ids [B, L], where [B, W]) of the conditional canvas -> those of the unconditional one, [B, L'] and [B, W]
 Other = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Headed:
+    """A predictor that is the head of a model, for some columns, on hidden states that it also gives by themselves.
+
+    hidden: (ids [B, L], where [B, W]) -> [B, W, D]. logits: what calling it does, if that is no two steps. alone: the
+    hidden states of rows that all are the first one, for which only that is computed: [1, W, D].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hidden: Predictor,
+        columns: tuple[int, int] | None,
+        *,
+        logits: Predictor | None = None,
+        inputs: Sequence[Tensor | None] = (),
+        alone: Predictor | None = None,
+    ) -> None:
+        self.model, self.hidden, self.columns = model, hidden, columns
+        self.inputs, self.alone, self._logits = inputs, alone, logits
+
+    def __call__(self, ids: Tensor, where: Tensor) -> Tensor:
+        return self.head(self.hidden(ids, where)) if self._logits is None else self._logits(ids, where)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, W, D] -> logits [B, W, V]."""
+        with torch.no_grad():
+            rows: Tensor = cast(Any, self.model).head_rows(self.columns)
+            return hidden.to(rows) @ rows.T
 
 
 def full(
@@ -28,19 +64,62 @@ def full(
     position_ids: Tensor | None = None,
     grid: Tensor | None = None,
     columns: tuple[int, int] | None = None,
-) -> Predictor:
+    narrow: bool = True,
+    compile: bool = False,
+) -> Headed:
     """One forward of the whole canvas; the head runs at the asked places, for the ids [start, stop) of `columns` only.
 
-    With `columns` pass `first_id=columns[0]` to denoise. The other tensors are the model's own, for the same rows.
+    With `columns` pass `first_id=columns[0]` to denoise. The tensors and `narrow` are the model's own, for the same
+    rows.
+
+    `compile`: the step through torch.compile, with CUDA graphs on a GPU, for which it is meant. The first step of every
+    new shape is compiled, which takes half a minute or more; so that shapes stay the same, places are asked in a fixed
+    number (the widest so far, filled up), and the last layer runs whole. Worth it for long runs of one shape.
     """
+    inputs = attention_mask, position_ids, grid
+    every = _forward(model, inputs, narrow=narrow, compile=compile)
 
-    def predict(ids: Tensor, where: Tensor) -> Tensor:
+    def hidden(ids: Tensor, where: Tensor) -> Tensor:
+        return cast(Tensor, every(ids, where, (0, 0)).hidden)[:, : where.shape[1]]
+
+    def logits(ids: Tensor, where: Tensor) -> Tensor:
+        return cast(Tensor, every(ids, where, columns).logits)[:, : where.shape[1]]
+
+    def alone(ids: Tensor, where: Tensor) -> Tensor:
+        one = _forward(model, [part if part is None else part[:1] for part in inputs], narrow=narrow, compile=compile)
+        return cast(Tensor, one(ids[:1], where[:1], (0, 0)).hidden)[:, : where.shape[1]]
+
+    return Headed(model, hidden, columns, logits=logits, inputs=inputs, alone=alone)
+
+
+def _forward(
+    model: nn.Module, inputs: Sequence[Tensor | None], *, narrow: bool, compile: bool
+) -> Callable[[Tensor, Tensor, tuple[int, int] | None], Any]:
+    """The model over one canvas: what does not change from pass to pass is computed in the first."""
+    attention_mask, position_ids, grid = inputs
+    fixed: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "grid": grid}
+    step: Callable[..., Any] = model
+    if not narrow:
+        fixed["narrow"] = False
+    if compile:
+        on_gpu = next(model.parameters()).is_cuda
+        step = torch.compile(model.forward, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+    fold_once = getattr(model, "fold_once", None)
+    widest = 0
+
+    def forward(ids: Tensor, where: Tensor, columns: tuple[int, int] | None) -> Any:
+        nonlocal fold_once, widest
+        if fold_once is not None:
+            fixed["folding"], fold_once = fold_once(grid), None
+        if compile:
+            widest = max(widest, where.shape[1])
+            where = F.pad(where, (0, widest - where.shape[1]))
         with torch.no_grad():
-            return model(
-                ids, attention_mask=attention_mask, position_ids=position_ids, grid=grid, where=where, columns=columns
-            ).logits
+            out = step(ids, where=where, columns=columns, **fixed)
+        # a CUDA graph writes its next answer into the same memory
+        return type(out)(**{name: part.clone() for name, part in out.items()}) if compile else out
 
-    return predict
+    return forward
 
 
 def restricted(
@@ -96,11 +175,31 @@ def masked_prompt(prompt: Tensor, mask_id: int) -> Other:
     return other
 
 
-def guided(conditional: Predictor, unconditional: Predictor, scale: float | Tensor, *, other: Other) -> Predictor:
+def guided(
+    conditional: Predictor,
+    unconditional: Predictor,
+    scale: float | Tensor,
+    *,
+    other: Other,
+    combine: str = "hidden",
+    kept: dict[str, Any] | None = None,
+) -> Predictor:
     """Classifier-free guidance in two calls: unconditional + scale * (conditional - unconditional).
 
     `scale`: one, or one per row [B]. `other` makes the unconditional canvas: `other_canvas`, `masked_prompt`.
+    combine: "hidden", two heads of one model and the same columns are weighed before the head, which runs once;
+    "logits", its slow twin and what any other predictors get, after it.
+
+    With "hidden", where all rows of the first unconditional canvas are alike (masks, and no prompts), one of them is
+    computed. `kept`: a dictionary in which that row stays for later runs, until another is asked for or the model's
+    weights change. Adapters keep this off.
     """
+    _check_combine(combine)
+    if combine == "hidden" and isinstance(conditional, Headed) and isinstance(unconditional, Headed):
+        model, columns = conditional.model, conditional.columns
+        if unconditional.model is model and unconditional.columns == columns:
+            hidden = guided(conditional.hidden, _first_alike(unconditional, kept), scale, other=other)
+            return Headed(model, hidden, columns)
 
     def predict(ids: Tensor, where: Tensor) -> Tensor:
         return guide(conditional(ids, where), unconditional(*other(ids, where)), scale)
@@ -137,21 +236,72 @@ def guided_together(
     *,
     other: Other,
     columns: tuple[int, int] | None = None,
+    combine: str = "hidden",
+    narrow: bool = True,
+    compile: bool = False,
 ) -> Predictor:
     """`guided` in one forward of 2B rows, the conditional ones first; equal to it but for rounding.
 
     `conditional` and `unconditional` are the keywords of `full` for each canvas: attention_mask (bool, True = may be
     seen, [B, L] or [B, 1, 1, L]), position_ids [B, L], grid [B, L, 2]. The shorter canvas is padded on the right and
     nobody sees its padding. ValueError for an attention mask of another shape: take `guided` for it.
+
+    combine: "hidden", the branches are weighed before the head, which runs once; "logits", its slow twin, after it.
+    narrow, compile: as in `full`.
     """
+    _check_combine(combine)
+    both: Headed | None = None
+    lengths: tuple[int, int] | None = None
 
     def predict(ids: Tensor, where: Tensor) -> Tensor:
+        nonlocal both, lengths
         ids_other, where_other = other(ids, where)
-        inputs = _stack(ids, conditional, ids_other, unconditional)
-        both = full(model, **inputs, columns=columns)(_join(ids, ids_other, 0), torch.cat([where, where_other]))
-        return guide(both[: len(ids)], both[len(ids) :], scale)
+        if both is None or lengths != (ids.shape[1], ids_other.shape[1]):  # the rest does not depend on the ids
+            lengths = ids.shape[1], ids_other.shape[1]
+            both = full(model, **_stack(ids, conditional, ids_other, unconditional), columns=columns, narrow=narrow,
+                        compile=compile)
+        found = (both.hidden if combine == "hidden" else both)(
+            _join(ids, ids_other, 0), torch.cat([where, where_other]))
+        return guide(found[: len(ids)], found[len(ids) :], scale)
 
-    return predict
+    return predict if combine == "logits" else Headed(model, predict, columns)
+
+
+def _first_alike(predict: Headed, kept: dict[str, Any] | None) -> Predictor:
+    """The hidden states of `predict`; of one row only, or from `kept`, where all rows of the first call are alike."""
+    fresh = True
+
+    def hidden(ids: Tensor, where: Tensor) -> Tensor:
+        nonlocal fresh
+        asked = [ids, where, *predict.inputs]
+        # adapters may differ from row to row
+        if not fresh or predict.alone is None or hasattr(predict.model, "peft_config") or not all(
+            part is None or bool((part == part[:1]).all()) for part in asked
+        ):
+            fresh = False
+            return predict.hidden(ids, where)
+        fresh = False
+        weights = None if kept is None else weights_that_decide(predict.model)
+        if kept is None or weights is None:
+            return predict.alone(ids, where).expand(len(ids), -1, -1)
+        question = [None if part is None else part[:1] for part in asked]
+        known = kept.get("first")
+        if not (known and known[0].holds(weights) and all(map(_same, known[1], question))):
+            # in one piece, for threads that share it
+            known = kept["first"] = WeightsState(weights), question, predict.alone(ids, where)
+        answer: Tensor = known[2]
+        return answer.expand(len(ids), -1, -1)
+
+    return hidden
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else a.device == b.device and torch.equal(a, b)
+
+
+def _check_combine(combine: str) -> None:
+    if combine not in ("hidden", "logits"):
+        raise InputError(f"combine is {combine!r}, expected 'hidden' or 'logits': change combine")
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape letters: L positions, h x w the grid of codes.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ MASK_SIGN = "\u2592"  # a place that is not written yet, in drafts
 
 
 class Answers:
-    """What the rows of one model mean. `model_hash` goes into every PNG."""
+    """What the rows of one model mean. `fingerprint` of a row's adapter goes into every PNG."""
 
-    def __init__(self, pipe: TextToImage, model_hash: str) -> None:
-        self.pipe, self.model_hash = pipe, model_hash
+    def __init__(self, pipe: TextToImage, fingerprint: Callable[[str | None], str]) -> None:
+        self.pipe, self.fingerprint = pipe, fingerprint
         self.vocabulary = pipe.processor.vocabulary
 
     # ------------------------------------------------------------------------------------------------ text
@@ -85,7 +86,7 @@ class Answers:
             "seed": job.seed,
             "steps": job.settings["num_inference_steps"],
             "guidance_scale": float(job.scale),
-            "model_hash": self.model_hash,
+            "model_hash": self.fingerprint(job.adapter),
             "mmdlm_version": __version__,
         }
         return base64.b64encode(png(drawn, facts)).decode()

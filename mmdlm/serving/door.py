@@ -26,6 +26,7 @@ from mmdlm.serving.settings import Limits, is_loopback
 logger = logging.getLogger("mmdlm.serving")
 
 OPEN = ("/", "/health", "/ready")  # no key is needed for these, and no limit counts them
+DRAINED_BYTES, DRAIN_SECONDS = 4 * 2**20, 2.0  # of the body of a request that is refused
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 SECURITY = {
     "x-content-type-options": "nosniff",
@@ -120,7 +121,7 @@ class _Visit:
         if self.whole:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self.door.limits.body_seconds)
+            message = await asyncio.wait_for(self._receive(), self.door.limits.idle_seconds)
         except TimeoutError:
             raise Refused(408, "The request's body did not arrive.", code="body_timeout") from None
         size = len(message.get("body", b""))
@@ -145,6 +146,7 @@ class _Visit:
     async def _refuse(self, refused: Refused) -> None:
         if self.status:
             return  # the answer has begun: all that can be done is to break it off
+        await self._drain()
         body = json.dumps(refused.body).encode()
         # The body may not have been read, and its rest cannot be told from a next request.
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
@@ -153,6 +155,21 @@ class _Visit:
             await self.send({"type": "http.response.start", "status": refused.status, "headers": raw})
             await self._send({"type": "http.response.body", "body": body})
         except OSError:  # the client is gone
+            pass
+
+    async def _drain(self) -> None:
+        """Read away the rest of a small body: who is hung up on while sending may never see why."""
+        length = self.headers.get("content-length", "0")
+        if "expect" in self.headers or not length.isdecimal() or int(length) > DRAINED_BYTES:
+            return
+        drained = 0
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self.whole and drained < DRAINED_BYTES:
+                    message = await self._receive()
+                    drained += len(message.get("body", b""))
+                    self.whole = not message.get("more_body", False)
+        except TimeoutError:
             pass
 
     def _report(self) -> None:

@@ -34,6 +34,7 @@ from mmdlm.sampling.denoise import Asked, State
 from mmdlm.sampling.predictors import guide
 from mmdlm.serving.forward import shared_forward
 from mmdlm.serving.jobs import Job, Question
+from mmdlm.serving.lanes import Lanes, share_out
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,11 @@ class Late(Exception):
 
 
 class Pass(NamedTuple):
-    """What one shared forward was: for whoever watches (`Engine(watch=...)`)."""
+    """What one step was, all its lanes together: for whoever watches (`Engine(watch=...)`)."""
 
     jobs: int
     rows: int  # guidance takes two for a job
-    length: int  # of the longest row; a forward is rows x length tokens
+    length: int  # of the longest row; a step is rows x length tokens at most
     asked: int  # places whose logits were wanted
     written: int  # places that were written
     seconds: float
@@ -80,10 +81,10 @@ class Ticket:
 
 
 class Engine:
-    """Runs jobs in a thread of its own. Every method may be called from any thread.
+    """Runs jobs in threads of its own. Every method may be called from any thread.
 
-    `budget`: tokens of a forward, padding and the second row of guided jobs included; it bounds the memory.
-    `queue`: jobs that may wait. `watch` is called with a `Pass` after every forward.
+    `budget`: tokens of a step, padding and the second row of guided jobs included; it bounds the memory.
+    `queue`: jobs that may wait. `watch` is called with a `Pass` after every step. `lanes`: see `mmdlm.serving.lanes`.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class Engine:
         *,
         budget: int = 16384,
         queue: int = 256,
+        lanes: int | None = None,
         watch: Callable[[Pass], None] | None = None,
     ) -> None:
         if budget < 1 or queue < 1:
             raise InputError(f"budget is {budget}, queue {queue}, expected 1 or more of both: raise them.")
-        self.model, self.mask_id, self.budget, self.queue, self._watch = model, mask_id, budget, queue, watch
+        self.mask_id, self.budget, self.queue, self._watch = mask_id, budget, queue, watch
+        self._lanes = Lanes(model, lanes)
         self._waiting: list[Ticket] = []
         self._active: list[Ticket] = []
         self._numbers = itertools.count()
@@ -115,7 +118,7 @@ class Engine:
         seconds: float | None = None,
         on_state: Callable[[State], None] | None = None,
     ) -> Ticket:
-        """Queue a job. `seconds`: until it is `Late`. `on_state` gets every State, in the engine's thread: be quick.
+        """Queue a job. `seconds`: until it is `Late`. `on_state` gets every State, in the engine's threads: be quick.
 
         Raises InputError where it can never fit or its settings contradict each other, `Busy` where there is no room.
         """
@@ -209,6 +212,7 @@ class Engine:
         for ticket in self._waiting + self._active:
             _fail(ticket, Busy("The server was stopped.", 5))
         self._waiting, self._active = [], []
+        self._lanes.close()
 
     def _clear(self) -> None:
         """Take out what is cancelled or late."""
@@ -235,10 +239,10 @@ class Engine:
             shares[ticket.client] += ticket.tokens
 
     def _step(self) -> None:
-        """One forward for all active rows, and each row's answer to it."""
+        """A forward for the active rows of each lane, and each row's answer to it."""
         started, tickets = time.perf_counter(), list(self._active)
-        questions: list[list[Question]] = [ticket.job.questions(ticket.asked) for ticket in tickets]
-        written = sum(self._answer(ticket, logits) for ticket, logits in self._logits(tickets, questions))
+        parts = share_out(tickets, lambda ticket: (ticket.job.rows, ticket.job.length), len(self._lanes.models))
+        asked, written = (sum(counts) for counts in zip(*self._lanes.run(self._forward, parts), strict=True))
         self._active = [ticket for ticket in self._active if not ticket.future.done()]
         seconds = time.perf_counter() - started
         self._busy += seconds
@@ -246,22 +250,20 @@ class Engine:
             self._seconds_per_job += 0.2 * (self._busy / left - self._seconds_per_job)
             self._busy = 0.0
         if self._watch is not None:
-            rows, length = sum(map(len, questions)), max(ticket.job.length for ticket in tickets)
-            asked = sum(len(question.where) for one in questions for question in one)
+            rows, length = sum(ticket.job.rows for ticket in tickets), max(ticket.job.length for ticket in tickets)
             self._watch(Pass(len(tickets), rows, length, asked, written, seconds, len(self._waiting)))
 
-    def _logits(self, tickets: list[Ticket], questions: list[list[Question]]) -> list[tuple[Ticket, list[Tensor]]]:
-        """Each ticket's logits, of one forward. Where that fails each is asked alone, and only who fails then fails."""
+    def _forward(self, model: MaskPredictor, tickets: list[Ticket]) -> tuple[int, int]:
+        """A lane's part of a step: the places that were asked and those that were written."""
         try:
-            flat = iter(shared_forward(self.model, [question for one in questions for question in one]))
-        except Exception as error:
-            if len(tickets) == 1:
-                logger.exception("a forward failed")
-                _fail(tickets[0], error)
-                return []
-            logger.warning("a forward of %d jobs failed (%r), each is tried alone", len(tickets), error)
-            return [pair for i, ticket in enumerate(tickets) for pair in self._logits([ticket], [questions[i]])]
-        return [(ticket, [next(flat) for _ in one]) for ticket, one in zip(tickets, questions, strict=True)]
+            questions: list[list[Question]] = [ticket.job.questions(ticket.asked) for ticket in tickets]
+            written = sum(self._answer(ticket, logits) for ticket, logits in _logits(model, tickets, questions))
+            return sum(len(question.where) for one in questions for question in one), written
+        except Exception as error:  # a bug here must not leave everybody waiting for a thread that is gone
+            logger.exception("a step failed")
+            for ticket in tickets:
+                _fail(ticket, error)
+            return 0, 0
 
     def _answer(self, ticket: Ticket, logits: list[Tensor]) -> int:
         """Send a row its logits; returns the places it wrote. Whatever goes wrong in it stays in it."""
@@ -283,6 +285,22 @@ class Engine:
 
     def _retry_after(self) -> int:
         return max(1, round(self._seconds_per_job * len(self._waiting)))
+
+
+def _logits(
+    model: MaskPredictor, tickets: list[Ticket], questions: list[list[Question]]
+) -> list[tuple[Ticket, list[Tensor]]]:
+    """Each ticket's logits, of one forward. Where that fails each is asked alone, and only who fails then fails."""
+    try:
+        flat = iter(shared_forward(model, [question for one in questions for question in one]))
+    except Exception as error:
+        if len(tickets) == 1:
+            logger.exception("a forward failed")
+            _fail(tickets[0], error)
+            return []
+        logger.warning("a forward of %d jobs failed (%r), each is tried alone", len(tickets), error)
+        return [pair for i, ticket in enumerate(tickets) for pair in _logits(model, [ticket], [questions[i]])]
+    return [(ticket, [next(flat) for _ in one]) for ticket, one in zip(tickets, questions, strict=True)]
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:

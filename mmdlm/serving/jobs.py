@@ -43,12 +43,20 @@ MOST_STEPS = 1024
 class Question:
     """One row of a shared forward: where a canvas stands, and the places and columns whose logits are wanted."""
 
-    __slots__ = ("columns", "grid", "ids", "positions", "where")
+    __slots__ = ("adapter", "columns", "grid", "ids", "positions", "where")
 
-    def __init__(self, ids: Tensor, where: Tensor, positions: Tensor, grid: Tensor, columns: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        ids: Tensor,
+        where: Tensor,
+        positions: Tensor,
+        grid: Tensor,
+        columns: tuple[int, int],
+        adapter: str | None = None,
+    ) -> None:
         self.ids, self.where = ids, where  # int64 [L], [W]
         self.positions, self.grid = positions, grid  # int64 [L], [L, 2]
-        self.columns = columns
+        self.columns, self.adapter = columns, adapter
 
 
 @dataclass(eq=False)
@@ -65,6 +73,7 @@ class Job:
     unprompted: Canvas | None = None
     scale: float = 1.0
     given: Given | None = None  # the picture of which this is a part
+    adapter: str | None = None  # of the model; None is the model as it is
     loop: Generator[Asked | State, Tensor, None] = field(init=False, repr=False)
     first: Asked | State | None = field(default=None, init=False, repr=False)  # what the loop asked when it started
 
@@ -100,13 +109,11 @@ class Job:
     def questions(self, asked: Asked) -> list[Question]:
         """The forward's rows for what the loop asks: the canvas, and with guidance the unprompted one after it."""
         canvas = self.canvas
-        rows = [Question(asked.x[0], asked.where[0], canvas.positions[0], canvas.grid[0], self.columns)]
+        rows = [(asked.x[0], asked.where[0], canvas)]
         if self.unprompted is not None:
             ids, where = self._other(asked.x, asked.where)
-            rows.append(
-                Question(ids[0], where[0], self.unprompted.positions[0], self.unprompted.grid[0], self.columns)
-            )
-        return rows
+            rows.append((ids[0], where[0], self.unprompted))
+        return [Question(*row[:2], row[2].positions[0], row[2].grid[0], self.columns, self.adapter) for row in rows]
 
 
 class Studio:
@@ -137,22 +144,26 @@ class Studio:
         mask: bytes | None,
         *,
         seed: int,
+        extend: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         **asked: Any,
     ) -> Job:
         """The part of a picture that its mask leaves open, drawn from `prompt`. `asked` as for `drawing`.
 
         A mask is transparent where the picture is to be filled, or white where it has no transparency at all; without
-        a mask the picture's own transparency is it. Raises what `mmdlm.pipelines.given.given_picture` raises.
+        a mask the picture's own transparency is it. `extend`: pixels to draw on its left, top, right and bottom, in
+        place of a mask. Raises what `mmdlm.pipelines.given.given_picture` raises.
         """
         known = load_image(picture, largest=self.largest_picture)
-        hole = transparency(picture if mask is None else mask, self.largest_picture)
-        if hole is None and mask is None:
+        hole = None
+        if extend is None or mask is not None:
+            hole = transparency(picture if mask is None else mask, self.largest_picture)
+        if hole is None and mask is None and extend is None:
             raise InputError("The picture is nowhere transparent and there is no mask: send a mask of its size.")
         if hole is None and mask is not None:
             hole = load_image(mask, largest=self.largest_picture)
         downsample = self.pipe.visual_tokenizer.downsample
-        given = given_picture(known, hole, None, processor=self.pipe.processor, cell=downsample)
+        given = given_picture(known, hole, extend, processor=self.pipe.processor, cell=downsample)
         codes = self._encode(given.square)
         job = self._drawing(prompt, codes, given.cells, seed, guidance_scale, asked)
         job.given = given

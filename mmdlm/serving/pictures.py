@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -98,6 +100,9 @@ def _get(scheme: str, host: str, address: str, port: int, target: str, most: int
     raw = socket.create_connection((address, port), timeout=max(0.1, until - time.monotonic()))
     connection = http.client.HTTPConnection(host, port)
     connection.sock = raw
+    # A socket's own timeout is one for each read: a byte now and then would hold this thread for hours.
+    end = threading.Timer(max(0.1, until - time.monotonic()), _hang_up, [raw])
+    end.start()
     try:
         if scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
@@ -110,9 +115,15 @@ def _get(scheme: str, host: str, address: str, port: int, target: str, most: int
             content += chunk
             if len(content) > most:
                 raise InputError(f"The picture at {host!r} is larger than {most} bytes: send a smaller one.")
-            if time.monotonic() > until:
-                raise InputError(f"{host!r} was too slow: send the picture as a data URL.")
+        if time.monotonic() >= until:  # what came is not all
+            raise InputError(f"{host!r} was too slow: send the picture as a data URL.")
         return content
     finally:
+        end.cancel()
         connection.close()
         raw.close()
+
+
+def _hang_up(raw: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed already
+        raw.shutdown(socket.SHUT_RDWR)

@@ -6,12 +6,16 @@ import logging
 import signal
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from mmdlm.errors import InputError
-from mmdlm.serving.door import Door, JsonLines
+from mmdlm.serving.connections import most_connections, patient
 from mmdlm.serving.settings import Limits
+
+if TYPE_CHECKING:  # the door brings torch along, which whoever only binds, as the driver of Ray's replicas, never needs
+    from mmdlm.serving.door import Door
 
 BACKLOG = 1024
 
@@ -37,6 +41,8 @@ def address_of(listening: socket.socket) -> str:
 
 def log_as_json() -> None:
     """All logs of the process as JSON lines on stderr."""
+    from mmdlm.serving.door import JsonLines
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -56,10 +62,14 @@ def run(door: Door, listening: socket.socket, limits: Limits) -> None:
         server_header=False,
         proxy_headers=False,  # a client could name itself as it likes
         backlog=BACKLOG,
-        timeout_keep_alive=30,
+        ws="none",
+        limit_concurrency=most_connections(),
+        timeout_keep_alive=max(1, int(limits.idle_seconds)),
         timeout_graceful_shutdown=int(limits.seconds) + 15,
         lifespan="on",
     )
+    config.load()
+    config.http_protocol_class = patient(config.http_protocol_class, limits.idle_seconds)
     # uvicorn raises the signal once more when all is done: by then it is an ordinary end.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -41,16 +41,20 @@ from mmdlm.serving.page import page, page_policy
 from mmdlm.serving.pictures import picture_bytes
 from mmdlm.serving.refusals import Refused, refusal
 from mmdlm.serving.settings import Limits
-from mmdlm.serving.shapes import CaptionRequest, ChatRequest, ImagesRequest
+from mmdlm.serving.shapes import CaptionRequest, ChatRequest, EditRequest, ImagesRequest
 
 logger = logging.getLogger("mmdlm.serving")
 
 PREPARING = 2  # pictures unpacked and encoded at once, beside the engine's thread
+FETCHING = 8  # pictures fetched at once: a slow host keeps nobody from being prepared
 FURTHER_CAPTIONS = 1.0  # temperature of captions after the first, where none is asked for
 
 
 class Service:
-    """One model and what may be asked of it. `url_hosts`: where pictures may be fetched from."""
+    """One model and what may be asked of it. `url_hosts`: where pictures may be fetched from.
+
+    `adapters`: those that are in the model, each with the hash of its weights; a request's `model` names one.
+    """
 
     def __init__(
         self,
@@ -60,10 +64,14 @@ class Service:
         model_hash: str = "",
         limits: Limits | None = None,
         url_hosts: Collection[str] = (),
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         self.limits, self.name, self.url_hosts = limits or Limits(), name, url_hosts
+        self.adapters = dict(adapters or {})
+        if name in self.adapters:
+            raise InputError(f"An adapter and the model are both called {name!r}: give one another name (--name).")
         self.studio = Studio(pipe, largest_picture=self.limits.picture_pixels)
-        self.answers, self.metrics, self.created = Answers(pipe, model_hash), Metrics(), int(time.time())
+        self.answers, self.metrics, self.created = Answers(pipe, self.fingerprint), Metrics(), int(time.time())
         self.model_hash, self.image_size = model_hash, pipe.processor.image_size
         self.engine = Engine(
             pipe.model,
@@ -72,7 +80,7 @@ class Service:
             queue=self.limits.queue,
             watch=self.metrics.watch,
         )
-        self._room = CapacityLimiter(PREPARING)
+        self._room, self._fetching = CapacityLimiter(PREPARING), CapacityLimiter(FETCHING)
 
     async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run what computes outside the event loop; no more than PREPARING at once."""
@@ -89,7 +97,7 @@ class Service:
             pictures = files["image"]
         else:
             raise unsupported(request, "multipart/form-data or application/json")
-        self._check_model(body.model)
+        adapter = self._adapter(body.model)
         urls = [body.image_url] if isinstance(body.image_url, str) else body.image_url or []
         if bool(pictures) == bool(urls):
             raise Refused(400, "Expected pictures in one of two ways: files named 'image' in a multipart form, or "
@@ -98,16 +106,16 @@ class Service:
         self._check_rows(count * len(urls or pictures), "num_captions")
         warmer = {"temperature": FURTHER_CAPTIONS} if body.temperature is None else {}
 
-        def prepare() -> list[Job]:
+        def prepare(fetched: list[bytes]) -> list[Job]:
             jobs = []
-            for content in pictures or (self._picture(url) for url in urls):
+            for content in pictures or fetched:
                 for i in range(count):
                     sampling = {**body.sampling, **(warmer if i else {})}
                     jobs.append(self.studio.describing(content, seed=seed + i, max_tokens=body.max_tokens, **sampling))
             return jobs
 
         async def work() -> dict[str, Any]:
-            tickets = await self._submit(request, prepare)
+            tickets = await self._submit(request, prepare, adapter, urls=urls)
             states = await finished(tickets)
             texts = [self.answers.text(ticket.job, state) for ticket, state in zip(tickets, states, strict=True)]
             data = []
@@ -115,33 +123,34 @@ class Service:
                 some = sorted(texts[first : first + count], key=lambda text: -text["confidence"])
                 kept = ("text", "confidence") if body.score else ("text",)
                 data.append({"captions": [{name: text[name] for name in kept} for text in some]})
-            return {"model": self.name, "seed": seed, "data": data}
+            return {"model": body.model or self.name, "seed": seed, "data": data}
 
         return JSONResponse(await unless_gone(request, work()))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completion: a question about a picture; without words, its description."""
-        self._check_model(body.model)
+        adapter = self._adapter(body.model)
         question, url = body.question_and_picture()
         count, seed = body.n, _seed(body.seed)
         self._check_rows(count, "n")
         bounds = [most for most in (body.max_tokens, body.max_completion_tokens) if most is not None]
         settings = {**body.sampling, "max_tokens": min(bounds, default=None)}
 
-        def prepare() -> list[Job]:
-            content = self._picture(url)
+        def prepare(fetched: list[bytes]) -> list[Job]:
+            (content,) = fetched
             if not question:
                 return [self.studio.describing(content, seed=seed + i, **settings) for i in range(count)]
             return [self.studio.asking(content, question, seed=seed + i, **settings) for i in range(count)]
 
-        about = {"created": int(time.time()), "model": self.name, "system_fingerprint": self.model_hash}
+        about = {"created": int(time.time()), "model": body.model or self.name}
+        about["system_fingerprint"] = self.fingerprint(adapter)
         if body.stream:
             mail = Mail(count)
-            tickets = await unless_gone(request, self._submit(request, prepare, mail))
+            tickets = await unless_gone(request, self._submit(request, prepare, adapter, mail, [url]))
             return _events(streams.chat(self, about, body, tickets, mail, request.state.request_id))
 
         async def work() -> dict[str, Any]:
-            tickets = await self._submit(request, prepare)
+            tickets = await self._submit(request, prepare, adapter, urls=[url])
             states = await finished(tickets)
             texts = [self.answers.text(ticket.job, state) for ticket, state in zip(tickets, states, strict=True)]
             return streams.completion(about, tickets, texts, seed)
@@ -157,8 +166,9 @@ class Service:
         return await self._pictures(request, body, partial(self.studio.drawing, body.prompt))
 
     async def edits(self, request: Request) -> Response:
-        """OpenAI's picture edit: what the mask leaves open is drawn anew from the prompt, every other pixel stays."""
-        body, files = await form(request, ImagesRequest, ("image", "mask"), most=2)
+        """OpenAI's picture edit: what the mask leaves open is drawn anew from the prompt, every other pixel stays; with
+        `extend` what is around the picture."""
+        body, files = await form(request, EditRequest, ("image", "mask"), most=2)
         if len(files["image"]) != 1 or len(files["mask"]) > 1:
             raise Refused(400, f"Got {len(files['image'])} pictures and {len(files['mask'])} masks, expected one "
                           "picture named 'image' and at most one 'mask'.", param="image")
@@ -166,25 +176,26 @@ class Service:
             raise Refused(400, f"size is {body.size[:40]!r}, expected 'auto': an edited picture keeps its size.",
                           param="size")
         picture, mask = files["image"][0], next(iter(files["mask"]), None)
-        return await self._pictures(request, body, partial(self.studio.filling, body.prompt, picture, mask))
+        job = partial(self.studio.filling, body.prompt, picture, mask, extend=body.borders)
+        return await self._pictures(request, body, job)
 
     async def _pictures(self, request: Request, body: ImagesRequest, job: Callable[..., Job]) -> Response:
         """Pictures of jobs that `job` makes for a seed and settings."""
-        self._check_model(body.model)
+        adapter = self._adapter(body.model)
         count, seed, created = body.n or 1, _seed(body.seed), int(time.time())
         self._check_rows(count, "n")
 
-        def prepare() -> list[Job]:
+        def prepare(_: list[bytes]) -> list[Job]:
             settings = {"guidance_scale": body.guidance_scale, **body.sampling}
             return [job(seed=seed + i, **settings) for i in range(count)]
 
         if body.stream:
             mail = Mail(count)
-            tickets = await unless_gone(request, self._submit(request, prepare, mail))
+            tickets = await unless_gone(request, self._submit(request, prepare, adapter, mail))
             return _events(streams.pictures(self, created, body, tickets, mail, request.state.request_id))
 
         async def work() -> dict[str, Any]:
-            tickets = await self._submit(request, prepare)
+            tickets = await self._submit(request, prepare, adapter)
             data = []
             for ticket, state in zip(tickets, await finished(tickets), strict=True):
                 drawn = await self.in_thread(self.answers.picture, ticket.job, state, body.prompt)
@@ -197,12 +208,12 @@ class Service:
         return JSONResponse(await unless_gone(request, work()))
 
     async def models(self) -> dict[str, Any]:
-        """OpenAI's list of models: the one this server runs."""
-        return {"object": "list", "data": [self._model()]}
+        """OpenAI's list of models: the one this server runs, then its adapters."""
+        return {"object": "list", "data": [self._model(name) for name in (self.name, *self.adapters)]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        self._check_model(name)
-        return self._model()
+        self._adapter(name)
+        return self._model(name)
 
     async def health(self) -> dict[str, str]:
         """Does the process answer?"""
@@ -225,13 +236,22 @@ class Service:
     # ------------------------------------------------------------------------------------------------ their parts
 
     async def _submit(
-        self, request: Request, prepare: Callable[[], list[Job]], mail: Mail | None = None
+        self,
+        request: Request,
+        prepare: Callable[[list[bytes]], list[Job]],
+        adapter: str | None,
+        mail: Mail | None = None,
+        urls: Sequence[str] = (),
     ) -> list[Ticket]:
-        """Make a request's jobs and queue them. What is wrong with them is found before they meet others."""
+        """Make a request's jobs, of the pictures at `urls`, and queue them. What is wrong is found before they meet
+        others."""
+        fetch = partial(picture_bytes, hosts=self.url_hosts, most=self.limits.body_bytes)
+        fetched = [await anyio.to_thread.run_sync(fetch, url, limiter=self._fetching) for url in urls]
 
         def started() -> list[Job]:
-            jobs = prepare()
+            jobs = prepare(fetched)
             for job in jobs:
+                job.adapter = adapter
                 job.start(self.engine.mask_id)
             return jobs
 
@@ -247,22 +267,31 @@ class Service:
         request.state.tickets, request.state.log = tickets, {"rows": len(tickets)}
         return tickets
 
-    def _picture(self, url: str) -> bytes:
-        return picture_bytes(url, hosts=self.url_hosts, most=self.limits.body_bytes)
-
     def _check_rows(self, rows: int, param: str) -> None:
         if rows > self.limits.rows:
             raise Refused(400, f"The request asks for {rows} results, expected at most {self.limits.rows}: ask for "
                           "the others in another request.", param=param)
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
-            raise Refused(404, f"There is no model {name[:80]!r} here, expected {self.name!r}: leave it out, or see "
+    def _adapter(self, name: str | None) -> str | None:
+        """The adapter that a request's `model` names, None for the model itself. `Refused` (404) for other names."""
+        if name is None or name == self.name:
+            return None
+        if name not in self.adapters:
+            known = " or ".join(map(repr, (self.name, *self.adapters)))
+            raise Refused(404, f"There is no model {name[:80]!r} here, expected {known}: leave it out, or see "
                           "/v1/models.", code="model_not_found", param="model")
+        return name
 
-    def _model(self) -> dict[str, Any]:
-        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "mmdlm"}
-        return {**about, "hash": self.model_hash, "image_size": self.image_size, "mmdlm_version": __version__}
+    def fingerprint(self, adapter: str | None) -> str:
+        """The hash of the model's weights, and of the adapter's where there is one."""
+        return self.model_hash if adapter is None else f"{self.model_hash}+{self.adapters[adapter]}"
+
+    def _model(self, name: str) -> dict[str, Any]:
+        about = {"id": name, "object": "model", "created": self.created, "owned_by": "mmdlm"}
+        adapter = self._adapter(name)
+        parent = {} if adapter is None else {"parent": self.name}
+        about |= {"hash": self.fingerprint(adapter), "image_size": self.image_size, "mmdlm_version": __version__}
+        return {**about, **parent}
 
 
 def create_app(service: Service, *, keys: Mapping[str, str], local: bool) -> Door:
@@ -278,7 +307,7 @@ def create_app(service: Service, *, keys: Mapping[str, str], local: bool) -> Doo
     app.post("/v1/caption", openapi_extra=form_schema(CaptionRequest, ("image",), json=True))(service.caption)
     app.post("/v1/chat/completions")(service.chat)
     app.post("/v1/images/generations")(service.images)
-    edited = form_schema(ImagesRequest, ("image", "mask"))
+    edited = form_schema(EditRequest, ("image", "mask"))
     app.post("/v1/images/edits", openapi_extra=edited)(service.edits)
     app.get("/v1/models")(service.models)
     app.get("/v1/models/{name:path}")(service.model)

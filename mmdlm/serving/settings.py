@@ -20,7 +20,7 @@ class Limits:
     budget: int = 16384  # tokens of one forward, over all requests
     queue: int = 256  # rows that wait
     seconds: float = 120.0  # from the request's first byte to its answer's last
-    body_seconds: float = 30.0  # without a byte of the body
+    idle_seconds: float = 30.0  # a head may take, a body be without a byte, an answer lie unread
     requests_per_minute: int | None = None  # of one client
     requests_at_once: int | None = None  # of one client
 

@@ -123,3 +123,19 @@ class ImagesRequest(_Request):
     stream: bool | None = False
     partial_images: Annotated[int, Field(ge=0)] | None = None
     drafts: bool = False
+
+
+class EditRequest(ImagesRequest):
+    """POST /v1/images/edits: the fields beside its files."""
+
+    extend: str | None = None  # pixels to draw around the picture, LEFT,TOP,RIGHT,BOTTOM; then there is no mask
+
+    @property
+    def borders(self) -> list[int] | None:
+        """`extend` as four numbers. `Refused` where it is something else."""
+        parts = [] if self.extend is None else self.extend.split(",")
+        fits = len(parts) == 4 and all(part.strip().isdecimal() and len(part) < 8 for part in parts)
+        if self.extend is not None and not fits:
+            raise Refused(400, f"extend is {self.extend[:40]!r}, expected LEFT,TOP,RIGHT,BOTTOM in pixels, for example "
+                          "16,0,16,0.", param="extend")
+        return [int(part) for part in parts] or None

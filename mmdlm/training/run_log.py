@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
 class RunLog:
     """Appends metrics to `<run>/metrics.jsonl` and prints them; silent where `enabled` is False (other processes).
 
-    On resume, lines beyond the restored step are dropped, so that the file reads as one uninterrupted run.
+    X
     """
 
-    def __init__(self, run: Path, *, step: int = 0, enabled: bool = True):
-        self.path, self.enabled, self.started = run / "metrics.jsonl", enabled, time.monotonic()
+    def __init__(
+        self,
+        run: Path,
+        *,
+        step: int = 0,
+        enabled: bool = True,
+        also: Callable[[dict[str, float], int], None] | None = None,
+    ):
+        self.path, self.enabled, self.started, self.also = run / "metrics.jsonl", enabled, time.monotonic(), also
         if enabled:
             run.mkdir(parents=True, exist_ok=True)
             kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] <= step]
@@ -23,15 +31,19 @@ class RunLog:
             beside.write_text("".join(kept))
             os.replace(beside, self.path)
 
-    def write(self, step: int, **numbers: float) -> None:
-        """One report: every number rounded to six significant digits."""
+    def write(self, step: int, details: Mapping[str, float] | None = None, **numbers: float) -> None:
+        """One report: every number rounded to six significant digits; `details` are written and not printed."""
         if not self.enabled:
             return
         row = {"step": step, "seconds": round(time.monotonic() - self.started, 1)}
         row |= {name: float(f"{value:.6g}") for name, value in numbers.items()}
+        line = "  ".join(f"{name} {value:g}" for name, value in row.items())
+        row |= {name: float(f"{value:.6g}") for name, value in (details or {}).items()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print("  ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
+        if self.also is not None:
+            self.also({name: value for name, value in row.items() if name not in ("step", "seconds")}, step)
+        print(line, flush=True)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -42,7 +54,8 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def plot_curves(run: Path) -> Path | None:
-    """Draws every metric of `metrics.jsonl` over steps into `<run>/curves.png`; None without matplotlib or lines."""
+    """Draws the metrics of `metrics.jsonl` over steps into `<run>/curves.png`, details (with a "/" in their name) left
+    out; None without matplotlib or lines."""
     try:
         import matplotlib
 
@@ -51,7 +64,7 @@ def plot_curves(run: Path) -> Path | None:
     except ImportError:
         return None
     rows = read_metrics(run)
-    names = sorted({name for row in rows for name in row} - {"step", "seconds"})
+    names = sorted(name for name in {n for row in rows for n in row} - {"step", "seconds"} if "/" not in name)
     if not names:
         return None
     columns = 3

@@ -61,6 +61,7 @@ def test_questions_answered_scored_resumed_made_again_and_compared(tiny_model, f
     for number in range(3):
         (folder / f"{number:012d}.png").write_bytes((folder / f"{number}.png").read_bytes())
     asked = ("vqa", "vqav2", questions, "--annotations", annotations, "--pictures", folder, "--steps", 2)
+    asked += ("--batch-size", 1)
     evaluated(*asked, *options(tiny_model), "-o", tmp_path / "a")
     run = read_run(tmp_path / "a")
     assert run["kind"] == "vqa vqav2" and run["results"]["questions"] == 3 and run["model"]["hash"]
@@ -70,13 +71,13 @@ def test_questions_answered_scored_resumed_made_again_and_compared(tiny_model, f
     assert [row["question_id"] for row in answers] == [10, 11, 12]
 
     # killed after the first answer, in the middle of the second
-    (tmp_path / "b").mkdir()
-    lines = (tmp_path / "a" / "answers.part.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "b" / "answers.part.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    (tmp_path / "b" / "parts").mkdir(parents=True)
+    lines = (tmp_path / "a" / "parts" / "answers.0.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b" / "parts" / "answers.0.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
     evaluated(*asked, *options(tiny_model), "-o", tmp_path / "b")
     assert json.loads((tmp_path / "b" / "results.json").read_text()) == answers
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "answers.part.jsonl").write_text(lines[0])
+    (tmp_path / "c" / "parts").mkdir(parents=True)
+    (tmp_path / "c" / "parts" / "answers.0.jsonl").write_text(lines[0])
     assert "other settings" in evaluated(*asked, *options(tiny_model), "--seed", 5, "-o", tmp_path / "c", code=2)
 
     assert "reproduced" in evaluated("reproduce", tmp_path / "a" / "run.json", "-o", tmp_path / "again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from mmdlm.cli import app
+from mmdlm.evaluation.geneval import CLASSES
 from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
 from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.pipelines import TextToImage
@@ -49,7 +53,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(program_path("eval/pictures")), "--config", "pictures", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    # one thread, so that several processes compute to the last bit what one does
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def two_processes_give_the_same(out: Path) -> None:
+    """Two processes, started by the command in run.json, give the files of one, to the byte."""
+    content = json.loads((out / "run.json").read_text())
+    command = [*content["command"][3:], f"out={out.parent / 'two'}"]
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launched, str(program_path("eval/pictures")), *command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    two = out.parent / "two"
+    assert (two / "parts" / "answers.1.jsonl").is_file()  # the second process had its share
+    assert (two / "rows.jsonl").read_bytes() == (out / "rows.jsonl").read_bytes()
+    assert json.loads((two / "run.json").read_text())["results"] == content["results"]
+    for picture in sorted((out / "pictures").iterdir()):
+        assert (two / "pictures" / picture.name).read_bytes() == picture.read_bytes()
 
 
 def test_everything_is_measured_and_written(model: Path, shapes: Path, tmp_path: Path):
@@ -57,7 +81,7 @@ def test_everything_is_measured_and_written(model: Path, shapes: Path, tmp_path:
     out = tmp_path / "judged"
     done = run(
         f"model={model}", f"data={shapes}", f"out={out}", "scenes=5", "questions=9", "judged_renders=8", "batch_size=4",
-        "steps=2", "guidance=1.5", *judge,
+        "prompts=2", "steps=2", "guidance=1.5", *judge,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
@@ -72,7 +96,14 @@ def test_everything_is_measured_and_written(model: Path, shapes: Path, tmp_path:
         "right": 0, "total": 5, "share": 0.0, "low": 0.0, "high": 0.4345,
     }  # fmt: skip
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 * 5 + 9
+    assert len(rows) == 4 * 5 + 9 + 2 * 6 * 2 and len({row["id"] for row in rows}) == len(rows)
+    assert set(results["geneval"]) == {"training captions", "held-out compositions"}
+    for classes in results["geneval"].values():
+        assert list(classes) == [*CLASSES, "mean of classes"]
+        assert all(classes[name]["drawn"]["total"] == 2 for name in CLASSES)
+        assert all(classes[name]["the judge on renders"]["total"] == 2 for name in CLASSES)
+        assert classes["mean of classes"]["drawn"]["share"] == 0.0
+    two_processes_give_the_same(out)
     assert (out / "results.md").read_text() in done.stdout
     for name in ("drawn-training-captions", "drawn-held-out-compositions", "captions-held-out-compositions"):
         with Image.open(out / f"{name}.png") as sheet:
@@ -83,5 +114,10 @@ def test_one_part_alone_and_settings_that_are_missing(model: Path, shapes: Path,
     done = run(f"model={model}", f"data={shapes}", f"out={tmp_path / 'a'}", "parts=[ask]", "scenes=2", "questions=2")
     assert done.returncode == 0, done.stderr
     assert "without looking" in done.stdout and not list((tmp_path / "a").glob("*.png"))
+    again = ["eval", "reproduce", str(tmp_path / "a" / "run.json"), "-o", str(tmp_path / "again")]
+    reproduced = CliRunner().invoke(app, again)
+    assert reproduced.exit_code == 0 and "reproduced" in reproduced.output, reproduced.output
+    compared = CliRunner().invoke(app, ["eval", "compare", str(tmp_path / "a"), str(tmp_path / "again")])
+    assert compared.exit_code == 0 and "difference" in compared.output, compared.output
     done = run(f"model={model}", f"data={shapes}", f"out={tmp_path / 'b'}", "parts=[sing]")
-    assert done.returncode == 2 and "expected some of draw, describe, ask" in done.stderr
+    assert done.returncode == 2 and "expected some of draw, geneval, describe, ask" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,13 @@ def test_guidance_needs_a_model_that_knows_no_prompt(fill):
         assert fill(PROMPT, guidance_scale=1.0, num_inference_steps=1).images is not None
     finally:
         del fill.presets["draw"]["unprompted"]
+
+
+def test_a_hole_holds_words_of_its_pattern(fill):
+    picture = noise(3)
+    texts = ["[MASK:3:/[a-f]+/] x", "[MASK:{red|green}] y [MASK:*:/[0-9]{2}/]"]
+    found = fill(texts, [picture, picture], draw=False).texts
+    assert re.fullmatch("[a-f]+ x", found[0]) and re.fullmatch("(red|green) y [0-9]{2}", found[1])
+    assert fill(texts[0], picture, draw=False).texts == found[:1]
+    with pytest.raises(InputError, match="no text of 2 tokens"):
+        fill("[MASK:2:/a/]", picture, draw=False)

@@ -117,15 +117,18 @@ def handed(monkeypatch):
 def test_a_prompt_becomes_the_ids_that_mmada_is_fed(draw, handed):
     calls = handed(draw)
     texts = [[5, 17, 3], [8], [1, 2, 3, 4, 5, 6]]
+    draw._first_pass.clear()  # another run's would be used
     out = draw([said(text) for text in texts], num_inference_steps=2, guidance_scale=2.0)
     assert [picture.size for picture in out.images] == [(16, 16)] * 3 and out.codes.shape == (3, 4, 4)
     masks = torch.full((3, 16), 216)
     expected = prompts.mmada_t2i(texts, masks, max_text_length=8, ids=IDS)
     ids, mask = calls[0]
     assert torch.equal(ids, expected.ids) and torch.equal(mask, expected.valid[:, None, None])
-    # The empty prompt has nothing to be padded for.
+    # The empty prompt has nothing to be padded for, and before anything is drawn its rows are one.
+    bare = prompts.mmada_t2i([[]] * 3, masks, max_text_length=2, ids=IDS).ids
     ids, mask = calls[1]
-    assert torch.equal(ids, prompts.mmada_t2i([[]] * 3, masks, max_text_length=2, ids=IDS).ids) and mask is None
+    assert torch.equal(ids, bare[:1]) and torch.equal(bare, bare[:1].expand(3, -1)) and mask is None
+    assert calls[3][0].shape == bare.shape
 
 
 @pytest.mark.parametrize("run", ["cfg", "nocfg"])
@@ -135,7 +138,7 @@ def test_words_become_the_codes_that_mmada_drew(draw, run):
     recorded = {name.removeprefix(f"{run}."): value for name, value in tensors.items() if name.startswith(f"{run}.")}
     # The recorded program cuts a text that has no room beside bos and eos; here it would be an error.
     words = [said(row[row >= 0][: arguments["max_text_len"] - 2].tolist()) for row in recorded["text_ids"]]
-    canvas, predict = draw.prepare(words, 1, arguments["guidance_scale"] + 1)
+    canvas, predict, _ = draw.prepare(words, 1, arguments["guidance_scale"] + 1)
     for ours, theirs, seen in zip(canvas.ids, recorded["input_ids"], recorded["attention_mask"].bool(), strict=True):
         assert ours[ours != IDS.left_pad].tolist() == theirs[seen].tolist()
     *_, last = denoise(
@@ -234,3 +237,24 @@ def test_a_learned_codebook_is_a_visual_tokenizer_too(whole, tmp_path):
     assert isinstance(pipe.visual_tokenizer, VQTokenizer)
     assert not [line for line in said_so if "Expected types" in line]
     assert "picture_fit" not in json.loads((made / "processor" / "processor_config.json").read_text())
+
+
+def test_words_and_pictures_are_scored_in_mmadas_layouts(tell, handed):
+    from mmdlm.evaluation.scoring import picture_given_words, words_given_picture
+
+    codes = torch.arange(16).view(4, 4)
+    canvas = tell.answer_canvas(codes, None, 4, [5, 17])
+    # what is judged stands where an answer is found, filled up with eos
+    given = tell.prepare(PICTURE, None, 4)[0]
+    assert canvas.ids[canvas.editable].tolist() == [5, 17, IDS.eos, IDS.eos]
+    assert torch.equal(canvas.editable, given.editable[0]) and len(canvas.ids) == len(given.ids[0])
+    picture = tell.draw_canvas(said([5, 17]), codes)
+    assert torch.equal(tell.processor.vocabulary.image_codes(picture.ids[picture.editable]), codes.flatten())
+    calls = handed(tell)
+    texts = [said([5, 17]), said([8])]
+    found = words_given_picture(tell, texts, codes.expand(2, -1, -1), samples=2, seed=0)
+    assert (found.nats > 0).all() and (calls[0][0] == IDS.mmu).any()
+    found = picture_given_words(tell, texts, codes.expand(2, -1, -1), samples=2, seed=0)
+    assert (found.nats > 0).all() and found.tokens.tolist() == [16, 16]
+    with pytest.raises(InputError, match="An answer has 4 tokens"):
+        tell.answer_canvas(codes, None, 4, [1, 2, 3, 4])

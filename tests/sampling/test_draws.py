@@ -54,6 +54,14 @@ def test_noise_belongs_to_rows():
     assert torch.equal(uniform(generators[:1], asked[:1, :1]), uniform([after(3, 2 * 7)], asked[:1, :1]))
 
 
+def test_noise_of_many_columns_is_drawn_in_pieces_and_the_same(monkeypatch):
+    asked = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    whole = gumbel([torch.Generator().manual_seed(seed) for seed in (3, 4)], asked, 7)
+    for most in (1, 14, 20):
+        monkeypatch.setattr("mmdlm.sampling.draws.NUMBERS_AT_ONCE", most)
+        assert torch.equal(gumbel([torch.Generator().manual_seed(seed) for seed in (3, 4)], asked, 7), whole)
+
+
 def after(seed, count):
     generator = torch.Generator().manual_seed(seed)
     torch.rand(count, generator=generator, dtype=torch.float64)

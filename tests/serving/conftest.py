@@ -42,13 +42,18 @@ class Server:
         return float(found[1]) if found else 0.0
 
 
-def launch(directory: Path, tiny_model: Path, *options: object) -> Server:
-    """Start a server; it is listening once the line with its address is there (`wait_for`)."""
+def launch(directory: Path, tiny_model: Path, *options: object, files: int | None = None) -> Server:
+    """Start a server; it is listening once the line with its address is there (`wait_for`). `files` it may open."""
     directory.mkdir(exist_ok=True)
     arguments = ["serve", "--model", tiny_model, "--device", "cpu", "--port", 0, *options]
     command = [sys.executable, "-c", "from mmdlm.cli import main; main()", *map(str, arguments)]
     with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
-        return Server(subprocess.Popen(command, stdout=out, stderr=err), "", directory / "err")
+        process = subprocess.Popen(command if files is None else _limited(command, files), stdout=out, stderr=err)
+        return Server(process, "", directory / "err")
+
+
+def _limited(command: list[str], files: int) -> list[str]:
+    return ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
 
 
 def wait_for(server: Server) -> Server:
@@ -70,15 +75,41 @@ def wait_for(server: Server) -> Server:
 
 
 @pytest.fixture(scope="session")
-def servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """Two servers, started together: `open` as a person starts it, `guarded` with keys and narrow limits."""
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters of the tiny model, of random weights, by their names."""
+    import torch
+
+    from mmdlm.model_directory import model_hash
+    from mmdlm.models.adapters import adapter_parameters, add_lora, save_adapter
+    from mmdlm.models.mask_predictor import MaskPredictor
+
+    torch.manual_seed(0)
+    model = MaskPredictor.from_pretrained(tiny_model / "model")
+    places = {}
+    for name in ("stickers", "sketches"):
+        add_lora(model, rank=4, name=name)
+        for parameter in adapter_parameters(model, name).values():
+            torch.nn.init.normal_(parameter, std=0.5)
+        places[name] = tmp_path_factory.mktemp("adapters") / name
+        save_adapter(model, places[name], base=model_hash(tiny_model), name=name)
+    return places
+
+
+@pytest.fixture(scope="session")
+def servers(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Server]]:
+    """Servers, started together: `open` as a person starts it, `guarded` with keys, narrow limits and adapters, `short`
+    with little patience and few files."""
     directory = tmp_path_factory.mktemp("serving")
     keys = directory / "keys"
     keys.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in KEYS.items()))
     narrow = ("--budget", 64, "--queue", 20, "--at-once", 2, "--largest-body", 0.1, "--timeout", 60)
+    named = [word for name, place in adapters.items() for word in ("--adapter", f"{name}={place}")]
     running = {
         "open": launch(directory / "open", tiny_model, "--name", "tiny"),
-        "guarded": launch(directory / "guarded", tiny_model, "--api-key-file", keys, *narrow),
+        "guarded": launch(directory / "guarded", tiny_model, "--api-key-file", keys, *narrow, *named, "--name", "tiny"),
+        "short": launch(directory / "short", tiny_model, "--idle", 4, files=256),
     }
     try:
         yield {name: wait_for(server) for name, server in running.items()}
@@ -106,6 +137,11 @@ def server(servers: dict[str, Server]) -> Server:
 @pytest.fixture(scope="session")
 def guarded(servers: dict[str, Server]) -> Server:
     return servers["guarded"]
+
+
+@pytest.fixture(scope="session")
+def short(servers: dict[str, Server]) -> Server:
+    return servers["short"]
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_killed_then_back_at_the_same_port_then_stopped_at_work(start, picture):
         (("--host", "0.0.0.0", "--api-key-file", "nothing"), "cannot be read"),
         (("--host", "no such host", "--allow-anyone"), "cannot be listened at"),
         (("--host", "203.0.113.7", "--allow-anyone"), "cannot be listened at"),
-        (("--model", "nothing"), "no model directory at nothing"),
+        (("--model", "nothing"), "no model directory at /"),  # the whole path
     ],
 )
 def test_what_it_cannot_start_with_is_one_sentence(options, words, tmp_path: Path, monkeypatch):

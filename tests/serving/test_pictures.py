@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -74,6 +76,33 @@ def test_a_host_that_is_allowed_and_resolves_to_a_private_address_is_refused(hos
         fetch(f"http://{host}:1/a.png", hosts=[host.strip("[]")], most=MOST)
 
 
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "017700000001", "127.0.0.1.", "LOCALHOST"])
+def test_other_ways_to_write_this_machine_are_refused_even_where_they_are_allowed(host):
+    with pytest.raises(InputError, match=r"not public|not found"):
+        fetch(f"http://{host}:1/a.png", hosts=[host], most=MOST)
+
+
+def test_a_name_server_that_changes_its_mind_gets_nowhere(monkeypatch):
+    """One private address among public ones is one too many; and the address that was looked at is the one used."""
+    answers = [["93.184.215.14", "127.0.0.1"], ["93.184.215.14"], ["127.0.0.1"]]
+    used: list[tuple[str, int]] = []
+
+    def resolve(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in answers.pop(0)]
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        used.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(InputError, match="not public"):
+        fetch("http://rebinding.example/a.png", hosts=["rebinding.example"], most=MOST)
+    with pytest.raises(InputError, match="could not be fetched"):
+        fetch("http://rebinding.example/a.png", hosts=["rebinding.example"], most=MOST)
+    assert used == [("93.184.215.14", 80)] and answers == [["127.0.0.1"]]
+
+
 class Answers(BaseHTTPRequestHandler):
     """A server of pictures, with all that can be wrong with one."""
 
@@ -84,6 +113,12 @@ class Answers(BaseHTTPRequestHandler):
             self.send_header("Location", "/good")
         self.end_headers()
         self.wfile.write(content)
+        while self.path == "/drips":
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                break
+            time.sleep(0.05)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -99,6 +134,9 @@ def test_an_allowed_address_is_fetched_without_redirects_and_with_an_end():
             return fetch(url, hosts=["LOCALHOST"], most=MOST, public=lambda address: True)
 
         assert get("/good") == bytes(MOST)
+        with pytest.raises(InputError, match=r"too slow|could not be fetched"):
+            url = f"http://localhost:{server.server_port}/drips"
+            fetch(url, hosts=["localhost"], most=MOST, seconds=0.5, public=lambda address: True)
         for path, words in [("/large", "larger than 1000"), ("/endless", "larger"), ("/moved", "status 302"),
                             ("/missing", "status 404")]:
             with pytest.raises(InputError, match=words):

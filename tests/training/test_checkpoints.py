@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from mmdlm.errors import InputError
-from mmdlm.training.checkpoints import WeightAverage, list_checkpoints, load_checkpoint, save_checkpoint
+from mmdlm.training.checkpoints import (
+    WeightAverage,
+    disk_guard,
+    list_checkpoints,
+    load_checkpoint,
+    read_best,
+    save_checkpoint,
+    trained_state,
+    write_best,
+)
 
 
 def save(run: Path, step: int, *, keep: int = 2, value: float | None = None) -> Path:
@@ -40,6 +49,33 @@ def test_the_newest_are_kept_in_the_order_of_steps(tmp_path: Path):
         assert load_checkpoint(tmp_path, name)[2]["step"] == 9
     with pytest.raises(InputError, match=r"no checkpoint 'checkpoint-7' in .*one of: checkpoint-9, checkpoint-10"):
         load_checkpoint(tmp_path, "checkpoint-7")
+
+
+def test_the_best_stays_whatever_its_age(tmp_path: Path):
+    assert read_best(tmp_path) is None
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, weights={}, state={}, meta={}, keep=1, best=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    write_best(tmp_path, 2, 0.5)
+    assert read_best(tmp_path) == (2, 0.5)
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path):
+    save(tmp_path, 5)
+    for error in (OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672]")):
+        sentence = r"writing failed \(.*make room .* checkpoint-5 in .* is whole"
+        with pytest.raises(SystemExit, match=sentence), disk_guard(tmp_path):
+            raise error
+    for error in (FileNotFoundError(2, "no such file"), RuntimeError("shapes cannot be multiplied")):
+        with pytest.raises(type(error)), disk_guard(tmp_path):
+            raise error
+
+
+def test_only_what_is_trained_is_kept_of_a_frozen_model():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert trained_state(module).keys() == module.state_dict().keys()
+    module[0].requires_grad_(False)
+    assert set(trained_state(module)) == {"1.weight", "1.bias"} == set(WeightAverage(module, 0.5).state)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path):

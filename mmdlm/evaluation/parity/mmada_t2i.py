@@ -139,12 +139,12 @@ def _parts(
 
 def _predictor(model: MaskPredictor, ids: Tensor, run: Mapping[str, Any], tensors: dict[str, Tensor]) -> Predictor:
     columns = model.vocabulary.image_columns
-    seen = {"attention_mask": everybody(tensors["attention_mask"].bool())}
+    seen: dict[str, Any] = {"attention_mask": everybody(tensors["attention_mask"].bool())}
     scale = float(run.get("guidance_scale") or 0)
     if scale <= 0 or "uncond_input_ids" not in tensors:
         return full(model, columns=columns, **seen)
     # The prompt is another one up to `resolution`, in fact its length; the rest follows the conditional canvas.
     shared = torch.arange(int(run["resolution"]) + 1, ids.shape[1]).expand(len(ids), -1)
     other = other_canvas(tensors["uncond_input_ids"], shared, shared)
-    unseen = {"attention_mask": everybody(tensors["uncond_attention_mask"].bool())}
+    unseen: dict[str, Any] = {"attention_mask": everybody(tensors["uncond_attention_mask"].bool())}
     return guided_together(model, seen, unseen, scale + 1, other=other, columns=columns)  # MMaDA's w is scale - 1

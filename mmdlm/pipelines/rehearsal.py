@@ -1,0 +1,124 @@
+"""What a model knows already, as paired data: pictures and captions of its own, to rehearse while it learns.
+
+Fine-tuning on a few pictures makes a model forget the rest, unless it sees some of the rest too. Where its training
+data are not at hand, its own samples stand in for them: pseudo-rehearsal (Robins 1995), DreamBooth's prior preservation
+(arXiv:2208.12242). No list of prompts is needed: a picture drawn without a prompt is described, that caption is drawn,
+and the drawing is kept where its description is that same caption.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+
+from mmdlm.errors import InputError
+from mmdlm.pipelines import layouts
+from mmdlm.pipelines.describing import ImageToText
+from mmdlm.pipelines.drawing import TextToImage
+from mmdlm.sampling.denoise import denoise
+from mmdlm.sampling.policies import draw_from_config, policy_from_config
+from mmdlm.sampling.predictors import full
+from mmdlm.sequence import Canvas, batch, hide
+
+METADATA = "metadata.jsonl"
+_ROWS = 16  # drawn and described together
+_TRIES = 4  # pictures without a prompt for each that is wanted
+_STEPS = 8  # of a description or answer: what fewer steps get wrong is not said twice
+
+
+def rehearse(
+    draw: TextToImage, out: Path, *, count: int, questions: Sequence[str] = (), seed: int = 0
+) -> tuple[int, int]:
+    """Writes at most `count` pictures with captions (and the model's answers to `questions`) as the folder `out`.
+
+    A folder that is there already is kept as it is: it is written beside its place and renamed. Returns how many
+    pictures it has, and how many captions were tried (0 where it was there). Raises InputError where the model says
+    hardly anything twice: it has no world of its own to rehearse.
+    """
+    if (out / METADATA).is_file():
+        return len((out / METADATA).read_text(encoding="utf-8").splitlines()), 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.parent))
+    tried = 0
+    try:
+        rows: list[dict[str, object]] = []
+        for caption, picture, answers, tried in _kept(draw, count, questions, seed):  # noqa: B007
+            name = f"{len(rows):04}.png"
+            picture.save(place / name)
+            asked = {"question": list(questions), "answers": [[answer] for answer in answers]} if answers else {}
+            rows.append({"file_name": name, "text": [caption]} | asked)
+        if len(rows) < 2:
+            raise InputError(
+                f"Of {tried} pictures that the model drew it described {len(rows) or 'none'} in the same words twice, "
+                "so it cannot rehearse what it knows: give pictures of its training with --replay, or --rehearse 0 to "
+                "let it forget."
+            )
+        (place / METADATA).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(place, out)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return len(rows), tried
+
+
+def _kept(
+    draw: TextToImage, count: int, questions: Sequence[str], seed: int
+) -> Iterator[tuple[str, Image.Image, list[str], int]]:
+    """(caption, its picture, answers, captions tried so far), at most `count` times."""
+    read = ImageToText(draw.model, draw.visual_tokenizer, draw.processor)
+    read.presets = draw.presets
+    read.set_progress_bar_config(disable=True)
+    room = draw.model.config.max_positions - len(layouts.draw_canvas("", draw.grid, draw.processor, draw.family).ids)
+    found = tried = 0
+    while found < count and tried < _TRIES * count:
+        chance = torch.Generator().manual_seed(seed * 1_000_003 + tried)
+        rows = min(_ROWS, 2 * (count - found), _TRIES * count - tried)
+        seen = read(unprompted(draw, rows, chance), num_inference_steps=_STEPS).texts
+        # A model that knows little may say more than fits beside a picture.
+        captions = [text for text in seen if text.strip() and len(draw.processor.text_ids(text)) <= room]
+        tried += rows
+        if not captions:
+            continue
+        pictures = cast(list[Image.Image], draw(captions, generator=chance).images)
+        again = read(pictures, num_inference_steps=_STEPS).texts
+        same = [n for n, text in enumerate(again) if text == captions[n]][: count - found]
+        if not same:
+            continue
+        chosen = [pictures[n] for n in same]
+        answers = [read(chosen, question, num_inference_steps=_STEPS).texts for question in questions]
+        for n, at in enumerate(same):
+            found += 1
+            yield captions[at], pictures[at], [of[n] for of in answers], tried
+
+
+@torch.no_grad()
+def unprompted(pipe: TextToImage, rows: int, generator: torch.Generator) -> list[Image.Image]:
+    """`rows` pictures drawn without a prompt: the branch that guidance subtracts, as the draw preset samples it."""
+    words, preset = pipe.processor.vocabulary, pipe.presets["draw"]
+    row = hide(layouts.draw_canvas("", pipe.grid, pipe.processor, pipe.family), words.mask_id)
+    canvas = Canvas(*(part.to(pipe.model.device) for part in batch([row] * rows, pad_id=words.pad_id)[0]))
+    columns = words.image_columns
+    predict = full(pipe.model, position_ids=canvas.positions, grid=canvas.grid, columns=columns)
+    for state in denoise(
+        predict,
+        canvas.ids,
+        policy_from_config(preset["policy"]),
+        editable=canvas.editable,
+        mask_id=words.mask_id,
+        steps=preset["num_inference_steps"],
+        draw=draw_from_config(preset["draw"]),
+        generator=generator,
+        first_id=columns[0],
+    ):
+        ids = state.x0[canvas.editable]
+    codes = words.image_codes(ids).view(rows, *pipe.grid)
+    images: list[Image.Image] = pipe.processor.images(pipe.visual_tokenizer.decode(codes))
+    return images

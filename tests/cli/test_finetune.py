@@ -1,0 +1,146 @@
+"""`mmdlm finetune` and `mmdlm merge` through the real command line: to the end, on again, merged, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from mmdlm.assets import shipped_model
+from mmdlm.cli import app
+from mmdlm.cli.finetune import default_learning_rate, default_steps
+from mmdlm.errors import InputError
+from mmdlm.pipelines import TextToImage
+from mmdlm.sequence import batch, draw_canvas, hide
+
+STEPS = 3
+
+
+def mmdlm(*words: str | Path | float) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def pictures(folder: Path, colours: dict[str, str]) -> Path:
+    folder.mkdir()
+    lines = []
+    for number, (colour, caption) in enumerate(colours.items()):
+        Image.new("RGB", (40, 30), colour).save(folder / f"{number}.png")
+        lines.append({"file_name": f"{number}.png", "text": caption, "question": "what is this?", "answers": [colour]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+FOUR = {"red": "a red wall", "blue": "a blue wall", "green": "a green wall", "black": "a black wall"}
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model) -> list[str | Path | int]:
+    return ["--max_train_steps", STEPS, "--train-batch-size", 2, "--rehearse", 0, "--rank", 2, "--model", tiny_model,
+            "--device", "cpu", "--new-word", "wall", "report_to=none", "validation_scenes=4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, words) -> tuple[Path, Path, Result]:
+    """(pictures, run directory, result) of three steps on a tiny model."""
+    place = tmp_path_factory.mktemp("finetune")
+    data = pictures(place / "walls", FOUR)
+    return data, place / "run", mmdlm("finetune", data, *words, "--out", place / "run")
+
+
+def test_it_ends_with_an_adapter_and_says_before_and_after(run, tiny_model, tmp_path):
+    data, out, result = run
+    assert result.exit_code == 0, result.output
+    assert "4 pictures in" in result.output and "3 to train on, 1 held out" in result.output
+    assert "memory on cpu" in result.output
+    assert "held out, 1 of 1 pictures" in result.output and "image, nats per code (bound)" in result.output
+    results = json.loads((out / "results.json").read_text())
+    assert results["trained on"]["before"] != results["trained on"]["after"]
+    assert {"adapter", "before", "after", "report.html", "before-after-held-out.png"} <= {
+        path.name for path in out.iterdir()
+    }
+    given = ["--adapter", out, "--model", tiny_model, "-q"]
+    drawn = mmdlm("generate", "a red wall", "--seed", 1, "-o", tmp_path / "one.png", *given)
+    assert drawn.exit_code == 0, drawn.output
+    with Image.open(tmp_path / "one.png") as picture:
+        assert len(picture.info["adapter_hash"]) == 16
+    assert mmdlm("caption", data / "0.png", *given).exit_code == 0
+
+
+def test_the_same_command_goes_on_and_another_is_refused(run, words):
+    data, out, _ = run
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    (out / "results.json").unlink()
+    again = mmdlm("finetune", data, *words, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert "measuring" not in again.output  # nothing that is there is made again
+    assert (out / "results.json").is_file()
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    other = mmdlm("finetune", data, *words, "--out", out, "--seed", 5)
+    assert other.exit_code == 2 and "holds a run with other settings" in other.output
+
+
+def test_merged_it_says_the_same_and_the_adapter_is_refused_on_it(run, tiny_model, tmp_path):
+    _, out, _ = run
+    result = mmdlm("merge", out, "-o", tmp_path / "merged", "--model", tiny_model)
+    assert result.exit_code == 0, result.output
+    adapted = TextToImage.from_pretrained(tiny_model, adapter=out)
+    merged = TextToImage.from_pretrained(tmp_path / "merged")
+    assert merged.presets == adapted.presets
+    assert merged.processor.text_ids("a wall")[-1] == adapted.processor.vocabulary.text_size - 1  # its own id
+    one, other = (logits(pipe) for pipe in (adapted, merged))
+    assert (one - other).abs().max() < 1e-5 * one.abs().max()
+    assert one.shape[-1] == logits(TextToImage.from_pretrained(tiny_model)).shape[-1] + 1
+    again = mmdlm("merge", out, "-o", tmp_path / "merged", "--model", tiny_model)
+    assert again.exit_code == 2 and "is there already" in again.output
+    with pytest.raises(InputError, match="An adapter is in the model"):
+        adapted.save_pretrained(tmp_path / "half")
+    drawn = mmdlm("generate", "x", "--adapter", out, "--model", tmp_path / "merged", "-o", tmp_path / "x.png")
+    assert drawn.exit_code == 2 and "belongs to the model" in drawn.output
+    missing = mmdlm("generate", "x", "--adapter", tmp_path / "nowhere", "-o", tmp_path / "x.png")
+    assert missing.exit_code == 2 and "no adapter at" in missing.output
+
+
+def logits(pipe: TextToImage) -> torch.Tensor:
+    words = pipe.processor.vocabulary
+    row = hide(draw_canvas(pipe.processor.text_ids("a red wall"), None, pipe.grid, words), words.mask_id)
+    canvas, _ = batch([row], pad_id=words.pad_id)
+    with torch.no_grad():
+        return pipe.model(canvas.ids, position_ids=canvas.positions, grid=canvas.grid).logits
+
+
+def test_mistakes_are_one_sentence_before_anything_is_made(tmp_path):
+    data, out = pictures(tmp_path / "walls", FOUR), tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    unknown = pictures(tmp_path / "unknown", FOUR)
+    rows = (unknown / "metadata.jsonl").read_text().replace('"text"', '"words"').replace('"question"', '"ask"')
+    (unknown / "metadata.jsonl").write_text(rows.replace('"answers"', '"say"'))
+    for words, said in (
+        ([tmp_path / "empty"], "no picture"),
+        ([tmp_path / "nowhere"], "nowhere"),
+        ([unknown], "words"),
+        ([data, "--train_batch_size", 100_000_000], "are free on cpu: lower --train-batch-size"),
+        ([data, "--held-out-share", 1], "--held-out-share is 1.0"),
+        ([data, "--mixed-precision", "int8"], "expected no, bf16 or fp16"),
+        ([data, "rank"], "expected KEY=VALUE"),
+        ([data, "--rehearse", 1], "expected 0 or at least 2"),
+    ):
+        result = mmdlm("finetune", *words, "--out", out)
+        assert result.exit_code == 2 and said in result.output, (said, result.output)
+        assert not out.exists()
+
+
+def test_the_learning_rate_falls_with_the_width(tiny_model):
+    assert default_learning_rate(shipped_model(), full=False) == 5e-3
+    assert default_learning_rate(shipped_model(), full=True) == 5e-4
+    assert default_learning_rate(tiny_model, full=True) == 3e-3  # of width 32
+
+
+def test_steps_follow_the_number_of_pictures():
+    assert default_steps(1, 8) == default_steps(8, 8) == 500
+    assert default_steps(24, 8) == 1500
+    assert default_steps(24, 16) == 750
+    assert default_steps(1_000_000, 8) == 125_000

@@ -1,0 +1,33 @@
+"""Pictures of a model's own: each one is what its caption says to the model itself, and they are paired data."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmdlm.data.paired import open_pairs
+from mmdlm.errors import InputError
+from mmdlm.pipelines import ImageToText, TextToImage
+from mmdlm.pipelines.rehearsal import rehearse
+
+
+def test_the_shipped_model_rehearses_pictures_that_it_describes_as_it_drew_them(tmp_path):
+    pipe = TextToImage.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    made, tried = rehearse(pipe, tmp_path / "own", count=2, questions=["what is this?"], seed=1)
+    assert made == 2 <= tried
+    pairs = open_pairs(tmp_path / "own")
+    assert len(pairs) == 2 and not pairs.problems
+    read = ImageToText(pipe.model, pipe.visual_tokenizer, pipe.processor)
+    read.presets = pipe.presets
+    read.set_progress_bar_config(disable=True)
+    for pair in pairs:
+        assert read(pair.image, num_inference_steps=8).texts == pair.texts
+        assert read(pair.image, "what is this?", num_inference_steps=8).texts == pair.questions[0][1]
+    assert rehearse(pipe, tmp_path / "own", count=5) == (2, 0)  # it is there: kept as it is
+
+
+def test_a_model_that_says_nothing_twice_is_told_what_to_do(tiny_model, tmp_path):
+    pipe = TextToImage.from_pretrained(tiny_model)
+    with pytest.raises(InputError, match="--replay, or --rehearse 0"):
+        rehearse(pipe, tmp_path / "own", count=2)
+    assert list(tmp_path.iterdir()) == []
