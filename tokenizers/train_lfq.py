@@ -336,7 +336,7 @@ def main(arguments: list[str]) -> None:
         last = step == config.max_train_steps
         if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
             averaged = LFQTokenizer(**vars(config.model)).to(device)
-            averaged.load_state_dict(average.state)
+            averaged.load_state_dict({**model.state_dict(), **average.state})  # what is frozen has no average
             found, used, picture = validate(averaged, held_out, config.validation_pictures, device)
             log.write(step, **found)
             if step >= config.max_train_steps // 4:

@@ -11,7 +11,9 @@ P trunk places (rows x length, folded places counted once), D width, F inner wid
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -95,9 +97,12 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a process on `device` may still take: of the GPU, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().available)
+    told = Path("/proc/meminfo")
+    if told.exists():
+        fields = dict(line.split(":", 1) for line in told.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    # elsewhere what the machine has: what others hold is not told without a package for it
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_fits(needed: TrainingMemory, device: torch.device, *, free: int | None = None) -> None:

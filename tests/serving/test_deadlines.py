@@ -18,10 +18,10 @@ from mmdlm.serving.settings import Limits
 
 @pytest.fixture(scope="module")
 def door(tiny_model: Path) -> Iterator[Door]:
-    """An application whose requests may take 0.2 seconds."""
+    """An application whose requests may take a millisecond: no machine draws sixteen pictures in that."""
     pipe = TextToImage.from_pretrained(tiny_model)
     pipe.set_progress_bar_config(disable=True)
-    service = Service(pipe, name="tiny", limits=Limits(seconds=0.2))
+    service = Service(pipe, name="tiny", limits=Limits(seconds=0.001))
     yield create_app(service, keys={}, local=True)
     service.engine.stop(0)
 
