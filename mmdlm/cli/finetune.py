@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,6 +121,11 @@ def finetune(
 
     sets = {"held out": held_out, "trained on": train}
     pipe = load_pipeline("TextToImage", base, device, True, own="fine-tuning")
+    spelled = spelled_words((text for row in train.rows for text in row.texts), pipe.processor.text_ids)
+    if spelled and not new_word:
+        named = " ".join(f"--new-word {word}" for word in spelled)
+        typer.echo("the model spells some words in three pieces or more, which it learns to draw but hardly to write; "
+                   f"to give them ids of their own: {named}")
     before = _measured(pipe, sets, run / "before", quiet)
     others = list(replay or [])
     if not others and rehearse:
@@ -191,6 +199,12 @@ def default_learning_rate(base: Path, full: bool) -> float:
     """The peak rate for the model in the directory `base`: LEARNING_RATES times 192 / width, rounded to two digits."""
     trunk = json.loads((base / "model" / "config.json").read_text(encoding="utf-8"))["trunk"]
     return float(f"{LEARNING_RATES['full' if full else 'adapter'] * 192 / trunk['hidden_size']:.2g}")
+
+
+def spelled_words(texts: Iterable[str], text_ids: Callable[[str], list[int]]) -> list[str]:
+    """Words that come at least twice in the texts and take three tokens or more, the commonest first; at most 20."""
+    counts = Counter(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text))
+    return [word for word, count in counts.most_common() if count > 1 and len(text_ids(f" {word}")) > 2][:20]
 
 
 def _open_data(source: str, held_out_share: float, seed: int) -> tuple[PairedData, PairedData]:

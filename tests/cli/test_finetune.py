@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from mmdlm.assets import shipped_model
 from mmdlm.cli import app
-from mmdlm.cli.finetune import default_learning_rate, default_steps
+from mmdlm.cli.finetune import default_learning_rate, default_steps, spelled_words
 from mmdlm.errors import InputError
 from mmdlm.pipelines import TextToImage
 from mmdlm.sequence import batch, draw_canvas, hide
@@ -144,3 +144,10 @@ def test_steps_follow_the_number_of_pictures():
     assert default_steps(24, 8) == 1500
     assert default_steps(24, 16) == 750
     assert default_steps(1_000_000, 8) == 125_000
+
+
+def test_words_that_the_model_spells_are_named():
+    texts = ["a fox", "a fox on red", "a panda", "an ox", "an ox", "zebras", "zebras"]
+    assert spelled_words(texts, lambda text: list(range(len(text) - 1))) == ["fox", "zebras"]
+    assert spelled_words(texts, lambda text: [0, 1]) == []
+
