@@ -32,7 +32,7 @@ class Levers(NamedTuple):
     hidden: bool = True  # guidance combined before the head, the first unprompted row for all; needs head
     narrow: bool = True  # the last layer's queries and MLP only where logits are read; needs head
     kept: bool = True  # that row computed once for a model, not once a run; needs hidden
-    fused: bool = True  # q, k, v and gate, up in one product each; `fitted` does it to the model
+    fused: bool = False  # q, k, v and gate, up in one product each; `fitted` does it to the model; pays on a GPU
     compiled: bool = False  # torch.compile of the forward
 
 

@@ -4,6 +4,10 @@ Fine-tuning on a few pictures makes a model forget the rest, unless it sees some
 data are not at hand, its own samples stand in for them: pseudo-rehearsal (Robins 1995), DreamBooth's prior preservation
 (arXiv:2208.12242). No list of prompts is needed: a picture drawn without a prompt is described, that caption is drawn,
 and the drawing is kept where its description is that same caption.
+
+What is rehearsed is what is kept, so it must be as varied as what the model knows. A preset's draw without a prompt is
+not: its low temperature and its choice of the surest places end in the same few pictures. The pictures that captions
+are found in are therefore samples of the model's own distribution: ancestral sampling at temperature 1.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -24,14 +29,17 @@ from mmdlm.pipelines import layouts
 from mmdlm.pipelines.describing import ImageToText
 from mmdlm.pipelines.drawing import TextToImage
 from mmdlm.sampling.denoise import denoise
-from mmdlm.sampling.policies import draw_from_config, policy_from_config
+from mmdlm.sampling.draws import categorical
+from mmdlm.sampling.policies import ancestral
 from mmdlm.sampling.predictors import full
 from mmdlm.sequence import Canvas, batch, hide
 
 METADATA = "metadata.jsonl"
 _ROWS = 16  # drawn and described together
 _TRIES = 4  # pictures without a prompt for each that is wanted
-_STEPS = 8  # of a description or answer: what fewer steps get wrong is not said twice
+_ALIKE = 2  # at most so many of one caption: the commonest ones would crowd out the rest
+_FOUND_STEPS, _DRAWN_STEPS = 8, 4  # what fewer steps get wrong is not said twice
+_READ = {"name": "threshold", "tau": 0.9}  # as many places in a step as are sure
 
 
 def rehearse(
@@ -77,23 +85,29 @@ def _kept(
     read.presets = draw.presets
     read.set_progress_bar_config(disable=True)
     room = draw.model.config.max_positions - len(layouts.draw_canvas("", draw.grid, draw.processor, draw.family).ids)
+    known = Counter[str]()
     found = tried = 0
     while found < count and tried < _TRIES * count:
         chance = torch.Generator().manual_seed(seed * 1_000_003 + tried)
         rows = min(_ROWS, 2 * (count - found), _TRIES * count - tried)
-        seen = read(unprompted(draw, rows, chance), num_inference_steps=_STEPS).texts
-        # A model that knows little may say more than fits beside a picture.
-        captions = [text for text in seen if text.strip() and len(draw.processor.text_ids(text)) <= room]
+        seen = read(unprompted(draw, rows, chance), policy=_READ).texts
         tried += rows
+        captions = []
+        for text in seen:
+            # A model that knows little may say more than fits beside a picture.
+            if text.strip() and known[text] < _ALIKE and len(draw.processor.text_ids(text)) <= room:
+                captions.append(text)
+                known[text] += 1
         if not captions:
             continue
-        pictures = cast(list[Image.Image], draw(captions, generator=chance).images)
-        again = read(pictures, num_inference_steps=_STEPS).texts
+        drawn = draw(captions, generator=chance, num_inference_steps=_DRAWN_STEPS)
+        pictures = cast(list[Image.Image], drawn.images)
+        again = read(pictures, policy=_READ).texts
         same = [n for n, text in enumerate(again) if text == captions[n]][: count - found]
         if not same:
             continue
         chosen = [pictures[n] for n in same]
-        answers = [read(chosen, question, num_inference_steps=_STEPS).texts for question in questions]
+        answers = [read(chosen, question, policy=_READ).texts for question in questions]
         for n, at in enumerate(same):
             found += 1
             yield captions[at], pictures[at], [of[n] for of in answers], tried
@@ -101,8 +115,9 @@ def _kept(
 
 @torch.no_grad()
 def unprompted(pipe: TextToImage, rows: int, generator: torch.Generator) -> list[Image.Image]:
-    """`rows` pictures drawn without a prompt: the branch that guidance subtracts, as the draw preset samples it."""
-    words, preset = pipe.processor.vocabulary, pipe.presets["draw"]
+    """`rows` pictures drawn without a prompt, as varied as the model knows them: the branch that guidance subtracts,
+    sampled at temperature 1."""
+    words = pipe.processor.vocabulary
     row = hide(layouts.draw_canvas("", pipe.grid, pipe.processor, pipe.family), words.mask_id)
     canvas = Canvas(*(part.to(pipe.model.device) for part in batch([row] * rows, pad_id=words.pad_id)[0]))
     columns = words.image_columns
@@ -110,11 +125,11 @@ def unprompted(pipe: TextToImage, rows: int, generator: torch.Generator) -> list
     for state in denoise(
         predict,
         canvas.ids,
-        policy_from_config(preset["policy"]),
+        ancestral(schedule="cosine"),
         editable=canvas.editable,
         mask_id=words.mask_id,
-        steps=preset["num_inference_steps"],
-        draw=draw_from_config(preset["draw"]),
+        steps=_FOUND_STEPS,
+        draw=categorical(temperature=1.0),
         generator=generator,
         first_id=columns[0],
     ):

@@ -42,11 +42,12 @@ def test_exact_settings_give_the_plain_loops_tokens(task: str, rows: int, shape:
     found = benchmark.measure(model, work, settings, pairs=1)
     assert benchmark.unequal(found) == []
     exact = [row for row in found if row.exact]
-    assert benchmark.LAST_EXACT in exact[-1].name
+    assert exact[-1].name == "+ projections fused"  # on a CPU they do not pay: not among all
+    [every] = [row for row in exact if benchmark.LAST_EXACT in row.name]
     assert {row.forwards for row in exact} == {work.steps}
     # a picture's padding is not computed, and its first unprompted pass neither
     least = 1.0 if task == "text" else 0.8
-    assert exact[-1].places is not None and exact[-1].places <= least
+    assert every.places is not None and every.places <= least
     names = {row.name for row in found if not row.exact}
     assert ("image_cache" if task == "t2i" else "threshold 0.9, dual_cache") in names
     assert all(len(row.seconds) >= 1 and len(row.ratios) == len(row.seconds) for row in found)
