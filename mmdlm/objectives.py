@@ -153,10 +153,34 @@ def linear_cross_entropy(
     return linear_cross_entropy_with_nats(hidden, weight, targets, weights, chunk=chunk)[0]
 
 
+class Taught(NamedTuple):
+    """What a teacher says at N places: softmax(hidden @ weight.T), with nothing for the columns `absent` (from, to)."""
+
+    hidden: Tensor  # float [N, D]
+    weight: Tensor  # float [V, D]
+    absent: tuple[int, int] = (0, 0)
+
+    def odds(self, part: slice) -> Tensor:
+        """Its probabilities [n, V] in float32 or better."""
+        logits = _at_least_float32(self.hidden[part] @ self.weight.T)
+        logits[:, slice(*self.absent)] = -torch.inf
+        return logits.softmax(dim=-1)
+
+
 def linear_cross_entropy_with_nats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    taught: Taught | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy`, and the cross entropy of every target, float [N] in nats, without gradient."""
+    """`linear_cross_entropy`, and the cross entropy of every target, float [N] in nats, without gradient.
+
+    taught: then the sum is over the cross entropies with a teacher's distribution, not with the targets (distillation,
+    arXiv:1503.02531, at temperature 1; against forgetting arXiv:1606.09282); the nats are still the targets'.
+    """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weights.shape != targets.shape:
         raise ValueError(
             f"linear_cross_entropy got hidden {tuple(hidden.shape)}, targets {tuple(targets.shape)} and weights "
@@ -174,13 +198,13 @@ def linear_cross_entropy_with_nats(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # forward makes the gradients of what requires them
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, taught, chunk)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, taught: Taught | None, chunk: int
     ) -> tuple[Tensor, Tensor]:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=precise)
@@ -192,13 +216,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_p = (hidden[part] @ weight.T).to(precise).log_softmax(dim=-1)
             target, share = targets[part, None], weights[part, None].to(precise)
             of_target = log_p.gather(1, target)
-            total -= (of_target * share).sum()
             nats[part] = -of_target[:, 0]
+            odds = None if taught is None else taught.odds(part)
+            total -= ((of_target if odds is None else (odds * log_p).sum(1, keepdim=True)) * share).sum()
             if to_hidden is None and to_weight is None:
                 continue
-            # d(cross entropy)/d(logits) = p - onehot(target)
+            # d(cross entropy)/d(logits) = p - what is to be said: onehot(target), or the teacher's odds
             slope = log_p.exp_()
-            slope.scatter_add_(1, target, torch.full_like(share, -1.0))
+            if odds is None:
+                slope.scatter_add_(1, target, torch.full_like(share, -1.0))
+            else:
+                slope -= odds
             slope = slope.mul_(share).to(hidden.dtype)
             if to_hidden is not None:
                 to_hidden[part] = slope @ weight
@@ -210,9 +238,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         to_hidden, to_weight = (None if part is None else part * gradient.to(part.dtype) for part in ctx.gradients)
-        return to_hidden, to_weight, None, None, None
+        return to_hidden, to_weight, None, None, None, None
 
 
 def _check_targets(targets: Tensor, columns: int, first_id: int) -> None:

@@ -17,6 +17,7 @@ of drawings, and `pipeline/` (full=true), the model directory that every `from_p
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -45,7 +46,7 @@ from mmdlm.training import checkpoints, traps
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.held_out import validate
 from mmdlm.training.interrupts import StopRequest
-from mmdlm.training.masked_loss import MaskedLoss, NoiseSettings, corrupt, measured, normalisers, pack
+from mmdlm.training.masked_loss import Lesson, MaskedLoss, NoiseSettings, corrupt, measured, normalisers, pack
 from mmdlm.training.optimizing import OptimizerSettings, build_optimizers, learning_share
 from mmdlm.training.processes import gathered, largest, load_optimizer, peak_memory, spread_like, summed
 from mmdlm.training.report import write_report
@@ -72,6 +73,7 @@ class Source:
 
     path: str
     weight: float = 1.0
+    keep: bool = False  # its targets are what the model said before the run, not its own: see `Lesson`
 
 
 @dataclass
@@ -252,6 +254,8 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     # A packed row may be longer than any the model knows, for positions start again in it: the check has to allow it.
     model.config.max_positions = max(model.config.max_positions, pack_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = tuple(number for number, source in enumerate(sources) if source.keep)
+    lesson = Lesson(kept, copy.deepcopy(model) if config.full else None, len(config.new_words)) if kept else None
     peaks = build_optimizers(model, config)
     restored = checkpoints.load_checkpoint(out, config.resume_from_checkpoint)
     if restored:
@@ -265,7 +269,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
             rows, config, model, tokenizer_mask_id=known_mask, guidance_scale=guidance, fresh=not config.init_from
         ):
             print(f"warning: {warning}", flush=True)
-    wrapped, *optimizers = accelerator.prepare(MaskedLoss(model), *(optimizer for optimizer, _ in peaks))
+    wrapped, *optimizers = accelerator.prepare(MaskedLoss(model, lesson), *(optimizer for optimizer, _ in peaks))
     average = checkpoints.WeightAverage(model, config.ema_decay)
     step, best = 0, checkpoints.read_best(out)
     if restored:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from mmdlm.data.paired import PairedData
 
 MEASURED = 48  # pictures of each set that are measured before and after
-REHEARSED = 160  # pictures of the model's own, of each of which it sees some on the way
+REHEARSED = 256  # pictures of the model's own, at which it has to go on saying what it said
+KEPT = 2.0  # of a step's rows for each of the data's
 ROWS_A_PICTURE, FEWEST_ROWS, MOST_ROWS = 500, 4_000, 400_000
 LEARNING_RATES = {"adapter": 5e-3, "full": 5e-4}  # at a width of 192; wider models take less, in proportion
 
@@ -72,7 +73,7 @@ def finetune(
     ] = None,
     replay: Annotated[
         list[str] | None,
-        typer.Option("--replay", help="What the model was trained on (a picture world, a folder); may be repeated."),
+        typer.Option("--replay", help="What the model knows (a picture world, a folder) and keeps; may be repeated."),
     ] = None,
     rehearse: Annotated[
         int, typer.Option("--rehearse", min=0, help="Without --replay: pictures of its own to see beside; 0 forgets.")
@@ -113,7 +114,7 @@ def finetune(
         asked["new_words"] = new_word
     if resolution is not None:
         asked["resolution"] = resolution
-    _check_memory(base, asked, device)
+    _check_memory(base, asked, device, keeps=bool(replay or rehearse))
     identity: dict[str, Any] = {"hashes": _content(train, held_out)}
     identity |= {"data": str(Path(data).resolve()) if Path(data).exists() else data}
     identity |= {"model": model_hash(base), "replay": replay or [], "rehearse": rehearse, "settings": settings or []}
@@ -232,7 +233,7 @@ def _content(*parts: PairedData) -> str:
     return hashlib.sha256(repr([[part.hashes for part in parts], words]).encode()).hexdigest()[:16]
 
 
-def _check_memory(base: Path, asked: dict[str, Any], device: str | None) -> None:
+def _check_memory(base: Path, asked: dict[str, Any], device: str | None, keeps: bool) -> None:
     """Prints what the run needs. Raises InputError where that is more than is free; nothing is loaded for it."""
     import torch
 
@@ -255,6 +256,7 @@ def _check_memory(base: Path, asked: dict[str, Any], device: str | None) -> None
         image_tokens=codes,
         mixed_precision=asked["mixed_precision"],
         gradient_checkpointing=asked["gradient_checkpointing"],
+        teacher=asked["full"] and keeps,
         on_cpu=where.type == "cpu",
     )
     typer.echo(f"memory on {where}, {shown(free_memory(where))} free: {needed}")
@@ -315,13 +317,15 @@ def _rehearsed(pipe: Any, data: PairedData, run: Path, count: int, seed: int, qu
 
 
 def _train(run: Path, base: Path, sources: list[str], asked: dict[str, Any], settings: list[str]) -> None:
-    """Runs train/supervised to its end; on SIGTERM it saves a checkpoint, and so does this."""
+    """Runs train/supervised to its end on the first source, while what the model says of the others is kept; on
+    SIGTERM it saves a checkpoint, and so does this."""
     from mmdlm.programs import program_path
 
     steps = asked["max_train_steps"]
     if (run / f"checkpoint-{steps}").is_dir() and ((run / "adapter").is_dir() or (run / "pipeline").is_dir()):
         return
-    asked = asked | {"out": str(run), "init_from": str(base), "data": [{"path": path} for path in sources]}
+    kept = [{"path": path, "weight": KEPT / (len(sources) - 1), "keep": True} for path in sources[1:]]
+    asked = asked | {"out": str(run), "init_from": str(base), "data": [{"path": sources[0]}, *kept]}
     # The settings that say how often, in steps, follow the number of steps.
     asked |= {"lr_warmup_steps": max(steps // 20, 1), "validation_steps": max(steps // 4, 1)}
     asked |= {"checkpointing_steps": max(steps // 10, 1), "logging_steps": max(steps // 20, 1)}

@@ -193,6 +193,19 @@ def use_adapters(model: MaskPredictor, names: Sequence[str | None]) -> Iterator[
             hook.remove()
 
 
+@contextmanager
+def without_adapters(model: MaskPredictor) -> Iterator[None]:
+    """Within it every forward is the base model's; new words keep their rows. In training, too, but for no backward."""
+    layers = cast(list[Any], _layers(model))
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The adapters that are in `model`."""
     return list(getattr(model, "peft_config", {}))

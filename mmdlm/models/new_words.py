@@ -96,6 +96,7 @@ def settle_new_words(model: MaskPredictor) -> None:
     if new_words(model):
         for table in _tables(model):
             parametrize.remove_parametrizations(table, "weight", leave_parametrized=True)
+            table.weight.requires_grad_(True)  # the old rows were frozen beside the new ones
         del cast(Any, model).new_words
 
 

@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmdlm import attention
 from mmdlm.corruption import mask
+from mmdlm.models.adapters import without_adapters
 from mmdlm.models.mask_predictor import MaskPredictor
 from mmdlm.models.packed_attention import BY_DOCUMENT
-from mmdlm.objectives import linear_cross_entropy_with_nats, supervised_places
+from mmdlm.objectives import Taught, linear_cross_entropy_with_nats, supervised_places
 from mmdlm.schedules import Schedule, by_modality, sample_t, schedule_by_name
 from mmdlm.sequence import IMAGE, Canvas
 
@@ -184,49 +186,103 @@ def normalisers(noised: NoisedRows) -> Tensor:
     return torch.stack([text, image]).double()
 
 
+class Lesson(NamedTuple):
+    """Rows that are not to be learned but kept: their target is what a teacher says, the model before its training.
+
+    Learning without forgetting (arXiv:1606.09282): where the model says what it said, such a row has no gradient, while
+    the same row as data would be learned by heart, its mistakes included.
+    """
+
+    sources: tuple[int, ...]  # whose rows
+    teacher: MaskPredictor | None = None  # None: the model itself without its adapter
+    new_words: int = 0  # the last text ids, of which the teacher knows nothing
+
+
 class MaskedLoss(nn.Module):
     """The model and its loss as one module: what data-parallel wrappers wrap, for under FSDP the head's weights are
     whole inside `forward` only."""
 
-    def __init__(self, model: MaskPredictor):
+    def __init__(self, model: MaskPredictor, lesson: Lesson | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.lesson = model, lesson
+        self.teacher = None if lesson is None or lesson.teacher is None else lesson.teacher.requires_grad_(False)
 
     def forward(self, noised: NoisedRows, sources: int = 1) -> dict[str, Tensor]:
         """{"text", "image": sum of the weighted cross entropies of the supervised places, "table": float64
         [4, S, 2, K], see `measured`}. The head runs over those places and their modality's columns only, in chunks."""
         where = supervised_places(noised.supervised)
-        seen = attention.full(noised.documents >= 0)
-        if noised.packed:
-            by_document = self.model.trunk.config._attn_implementation == BY_DOCUMENT
-            seen = noised.documents[:, None, None] if by_document else attention.documents(noised.documents)
-        hidden = self.model(
-            noised.ids,
-            attention_mask=seen,
-            position_ids=noised.positions,
-            grid=noised.grid,
-            where=where,
-            columns=(0, 0),
-        ).hidden
+        source = noised.source.gather(1, where)
+        parts = self._parts(noised, where, source)  # before the model's own pass: a teacher's needs no gradient
+        hidden = _hidden(self.model, noised, where)
         asked = noised.supervised.gather(1, where)
         targets, weights = noised.targets.gather(1, where), noised.weight.gather(1, where)
         bound, share = noised.bound_weight.gather(1, where), noised.share.gather(1, where)
-        source, is_image = noised.source.gather(1, where), noised.modality.gather(1, where) == IMAGE
+        is_image = noised.modality.gather(1, where) == IMAGE
         vocabulary = self.model.vocabulary
         table = _places(noised, sources)
-        losses = {}
-        for kind, name, chosen, columns in (
+        losses: dict[str, Tensor] = {}
+        for kind, name, of_kind, columns in (
             (1, "image", asked & is_image, vocabulary.image_columns),
             (0, "text", asked & ~is_image, vocabulary.text_columns),
         ):
-            losses[name], nats = linear_cross_entropy_with_nats(
-                hidden[chosen], self.model.head_rows(columns), targets[chosen] - columns[0], weights[chosen]
-            )
-            at = _cell(source[chosen], kind, share[chosen])
-            nats = nats.to(table.dtype)
-            for row, values in enumerate((nats, nats * bound[chosen], torch.ones_like(nats))):
-                table[row].view(-1).index_add_(0, at, values)
+            head = self.model.head_rows(columns)
+            for part, said in parts:
+                chosen = of_kind & part
+                taught = None if said is None else self._taught(said[chosen], columns)
+                loss, nats = linear_cross_entropy_with_nats(
+                    hidden[chosen], head, targets[chosen] - columns[0], weights[chosen], taught=taught
+                )
+                losses[name] = losses[name] + loss if name in losses else loss
+                at = _cell(source[chosen], kind, share[chosen])
+                nats = nats.to(table.dtype)
+                for row, values in enumerate((nats, nats * bound[chosen], torch.ones_like(nats))):
+                    table[row].view(-1).index_add_(0, at, values)
         return losses | {"table": table}
+
+    def _parts(self, noised: NoisedRows, where: Tensor, source: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """(places bool [B, W], what the teacher has to say there [B, W, D], None for the data's own targets)."""
+        every = torch.ones_like(source, dtype=torch.bool)
+        if self.lesson is None:
+            return [(every, None)]
+        taught = torch.isin(source, source.new_tensor(self.lesson.sources))
+        rows = taught.any(dim=1)
+        if not bool(rows.any()):
+            return [(every, None)]
+        mine = noised._each(lambda part: part[rows])
+        with torch.no_grad():
+            if self.teacher is not None:
+                found = _hidden(self.teacher, mine, where[rows])
+            else:
+                with without_adapters(self.model):
+                    found = _hidden(self.model, mine, where[rows])
+        said = found.new_zeros((*where.shape, found.shape[-1]))
+        said[rows] = found
+        return [(~taught, None), (taught, said)]
+
+    def _taught(self, said: Tensor, columns: tuple[int, int]) -> Taught:
+        """What the teacher says [N, D] as odds over the columns."""
+        end, new = self.model.vocabulary.text_size, self.lesson.new_words if self.lesson else 0
+        teacher = self.model if self.teacher is None else self.teacher
+        absent = (end - new - columns[0], end - columns[0]) if columns == self.model.vocabulary.text_columns else (0, 0)
+        with torch.no_grad():
+            return Taught(said, teacher.head_rows(columns), absent)
+
+
+def _hidden(model: MaskPredictor, noised: NoisedRows, where: Tensor) -> Tensor:
+    """[B, W, D]: the model's last hidden states at the places `where`."""
+    seen = attention.full(noised.documents >= 0)
+    if noised.packed:
+        by_document = model.trunk.config._attn_implementation == BY_DOCUMENT
+        seen = noised.documents[:, None, None] if by_document else attention.documents(noised.documents)
+    hidden: Tensor = model(
+        noised.ids,
+        attention_mask=seen,
+        position_ids=noised.positions,
+        grid=noised.grid,
+        where=where,
+        columns=(0, 0),
+    ).hidden
+    return hidden
 
 
 def _cell(source: Tensor, kind: int | Tensor, share: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ _SPARE = 0.9  # of the free memory: a machine that is filled to the last byte sw
 class TrainingMemory:
     """Bytes by what they are for."""
 
-    weights: int
+    weights: int  # those of a teacher too
     gradients: int
     optimizer: int
     average: int
@@ -57,12 +57,14 @@ def training_memory(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
     average: bool = True,
+    teacher: bool = False,
     on_cpu: bool = True,
 ) -> TrainingMemory:
     """The peak of one process that trains `model` on `rows` rows of at most `length` tokens a step.
 
     trainable: parameters that are trained, default all; rank: of LoRA, 0 for none. image_tokens: of the `length`, how
-    many are codes of pictures (they fold). average: a moving average of the trained weights is kept.
+    many are codes of pictures (they fold). average: a moving average of the trained weights is kept. teacher: so is
+    the model as it was, beside all of its weights being trained.
     """
     config = model.trunk.config
     everything = sum(value.numel() * value.element_size() for value in model.parameters())
@@ -84,7 +86,7 @@ def training_memory(
     logits = min(rows * length, _LOSS_ROWS) * columns * 4 * 3
     copies = everything // 2 if mixed_precision != "no" else 0  # autocast's half-precision weights
     return TrainingMemory(
-        weights=everything + added + copies,
+        weights=everything * (1 + teacher) + added + copies,
         gradients=trained * 4,
         optimizer=trained * 8,
         average=trained * 4 * average,

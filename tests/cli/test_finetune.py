@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -110,6 +111,24 @@ def logits(pipe: TextToImage) -> torch.Tensor:
     canvas, _ = batch([row], pad_id=words.pad_id)
     with torch.no_grad():
         return pipe.model(canvas.ids, position_ids=canvas.positions, grid=canvas.grid).logits
+
+
+@pytest.mark.parametrize("kind", ["adapter", "pipeline"])
+def test_what_is_replayed_is_kept_and_not_learned(kind: str, words, tiny_model, tmp_path):
+    data, known = pictures(tmp_path / "walls", FOUR), pictures(tmp_path / "known", dict(list(FOUR.items())[:3]))
+    given = [*words, "--replay", known, "--out", tmp_path / "run", *(["--full"] if kind == "pipeline" else [])]
+    result = mmdlm("finetune", data, *given)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / kind).is_dir()
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert [(Path(source["path"]).name, source["weight"], source["keep"]) for source in settings["data"]] == [
+        ("walls", 1.0, False), ("known", 2.0, True),
+    ]  # fmt: skip
+    if kind == "pipeline":  # with a word of its own, and the old words trained beside it
+        trained = TextToImage.from_pretrained(tmp_path / "run" / "pipeline")
+        before = TextToImage.from_pretrained(tiny_model).model.get_input_embeddings().weight
+        after = trained.model.get_input_embeddings().weight
+        assert len(after) == len(before) + 1 and not torch.equal(after[: len(before) // 2], before[: len(before) // 2])
 
 
 def test_mistakes_are_one_sentence_before_anything_is_made(tmp_path):
