@@ -6,18 +6,15 @@
 One batch mixes tasks and sources (`mmdlm.training.rows`). Pictures are masked by the cosine schedule with weight 1
 (MaskGIT, arXiv 2202.04200), text linearly with weight 1/t (LLaDA, arXiv 2502.09992). The head runs over supervised
 places and their modality's columns only, in chunks: no [B, L, V] tensor ever exists. A step's rows, noise and
-normalisers are those of its whole batch, however many processes and accumulated parts share it.
+normalisers are those of its whole batch, however many processes and accumulated parts share it. `data` is a picture
+world, a folder of pictures with words (what `open_pairs` takes), or a weighted list of both.
 
-`data` is a picture world, a folder of pictures with words (what `open_pairs` takes), or a weighted list of both.
-
-A run directory holds checkpoints (resumable; the newest and the best), metrics.jsonl, report.html, curves.png, sheets
-of drawings, and `pipeline/` (full=true), the model directory that every `from_pretrained` and `mmdlm --model` reads, or
-`adapter/` (full=false), which `--adapter` reads.
+A run directory holds checkpoints (the newest and the best), metrics.jsonl, report.html, curves.png, sheets of drawings,
+and the model directory `pipeline/` (full=true), or `adapter/` (full=false), which `--adapter` reads.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -46,7 +43,8 @@ from mmdlm.training import checkpoints, traps
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.held_out import validate
 from mmdlm.training.interrupts import StopRequest
-from mmdlm.training.masked_loss import Lesson, MaskedLoss, NoiseSettings, corrupt, measured, normalisers, pack
+from mmdlm.training.known_words import some_words, write_words
+from mmdlm.training.masked_loss import MaskedLoss, NoiseSettings, corrupt, lesson_for, measured, normalisers, pack
 from mmdlm.training.optimizing import OptimizerSettings, build_optimizers, learning_share
 from mmdlm.training.processes import gathered, largest, load_optimizer, peak_memory, spread_like, summed
 from mmdlm.training.report import write_report
@@ -190,18 +188,19 @@ def build_model(config: Config, processor: MMDLMProcessor, tokenizer: LFQTokeniz
     return model
 
 
-def show(pipeline: TextToImage, config: Config, held_out: list[Rows], step: int) -> None:
+def show(pipeline: TextToImage, config: Config, rows: Rows, held_out: list[Rows], step: int) -> None:
     """Writes the model as it stands, pipeline or adapter, and samples of what it does."""
-    out = Path(config.out)
+    out, kind = Path(config.out), "pipeline" if config.full else "adapter"
     if config.init_from:
         pipeline.presets = read_presets(Path(config.init_from), DEFAULT_PRESETS)
     else:
         pipeline.presets["describe"]["answer_length"] = config.caption_length
         pipeline.presets["ask"]["answer_length"] = config.answer_length
     if config.full:
-        pipeline.save_pretrained(out / "pipeline")
+        pipeline.save_pretrained(out / kind)
     else:
-        save_adapter(pipeline.model, out / "adapter", base=model_hash(Path(config.init_from or "")))
+        save_adapter(pipeline.model, out / kind, base=model_hash(Path(config.init_from or "")))
+    write_words(out / kind, some_words(rows.pools, seed=config.seed))
     if config.validation_prompts:
         save_samples(pipeline, out, step, config.validation_prompts, held_out[0].pools[0].rows if held_out else None)
 
@@ -254,8 +253,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     # A packed row may be longer than any the model knows, for positions start again in it: the check has to allow it.
     model.config.max_positions = max(model.config.max_positions, pack_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = tuple(number for number, source in enumerate(sources) if source.keep)
-    lesson = Lesson(kept, copy.deepcopy(model) if config.full else None, len(config.new_words)) if kept else None
+    lesson = lesson_for([source.keep for source in sources], model, copied=config.full, new_words=config.new_words)
     peaks = build_optimizers(model, config)
     restored = checkpoints.load_checkpoint(out, config.resume_from_checkpoint)
     if restored:
@@ -379,7 +377,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
                 log.write(step, details, **means)
                 held_out_loss = means.get("held_out_image", 0.0) + config.text_weight * means.get("held_out_text", 0.0)
                 pipeline = TextToImage(model=averaged.eval(), visual_tokenizer=tokenizer, processor=processor)
-                show(pipeline, config, held_out, step)
+                show(pipeline, config, rows, held_out, step)
                 plot_curves(out)
                 facts = {"data": ", ".join(names), "rows": sum(len(pool.rows) for pool in train_pools), "step": step}
                 facts |= {"parameters trained": f"{trained / 1e6:.2f}M", "processes": processes}

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from mmdlm.data.paired import PairedData
 
 MEASURED = 48  # pictures of each set that are measured before and after
-REHEARSED = 256  # pictures of the model's own, at which it has to go on saying what it said
-KEPT = 2.0  # of a step's rows for each of the data's
-ROWS_A_PICTURE, FEWEST_ROWS, MOST_ROWS = 500, 4_000, 400_000
-LEARNING_RATES = {"adapter": 5e-3, "full": 5e-4}  # at a width of 192; wider models take less, in proportion
+REHEARSED = 400  # pictures of the model's own, at which it has to go on saying what it said
+KEPT = 3.0  # of a step's rows for each of the data's
+ROWS_A_PICTURE, FEWEST_ROWS, MOST_ROWS = 700, 6_000, 600_000
+LEARNING_RATES = {"adapter": 2e-3, "full": 3e-4}  # at a width of 192; wider models take less, in proportion
 
 
 def finetune(
@@ -130,7 +130,7 @@ def finetune(
     before = _measured(pipe, sets, run / "before", quiet)
     others = list(replay or [])
     if not others and rehearse:
-        others = [str(_rehearsed(pipe, train, run, rehearse, seed, quiet))]
+        others = [str(_rehearsed(pipe, base, train, run, rehearse, seed, quiet))]
     asked |= {"caption_length": pipe.presets["describe"]["answer_length"]}
     asked |= {"answer_length": pipe.presets["ask"]["answer_length"]}
     del pipe
@@ -178,7 +178,8 @@ def merge(
         if grown:
             shutil.rmtree(place / "processor")
             pipe.processor.save_pretrained(place / "processor")
-        for file in base.glob("*.json"):
+        words = adapter_directory(run) / "rehearsal.jsonl"  # the run's, where there is one: the new beside the old
+        for file in [*base.glob("*.json*"), *([words] if words.is_file() else [])]:
             shutil.copy(file, place)
         pipe.model.save_pretrained(place / "model")
         check_model_directory(place)
@@ -305,14 +306,16 @@ def _measured(pipe: Any, sets: dict[str, PairedData], place: Path, quiet: bool) 
     return found
 
 
-def _rehearsed(pipe: Any, data: PairedData, run: Path, count: int, seed: int, quiet: bool) -> Path:
+def _rehearsed(pipe: Any, base: Path, data: PairedData, run: Path, count: int, seed: int, quiet: bool) -> Path:
     from mmdlm.pipelines.rehearsal import rehearse
+    from mmdlm.training.known_words import read_words
 
+    known = read_words(base)
     questions = list(dict.fromkeys(question for row in data.rows for question, _ in row.questions))[:4]
     if not quiet:
         typer.echo(f"rehearsing: the model draws up to {count} pictures of what it knows")
-    made, tried = rehearse(pipe, run / "rehearsal", count=count, questions=questions, seed=seed)
-    typer.echo(f"rehearsal: {made} pictures of the model's own" + (f", of {tried} tried" if tried else " as before"))
+    made, tried = rehearse(pipe, run / "rehearsal", count=count, known=known, questions=questions, seed=seed)
+    typer.echo(f"rehearsal: {made} pictures of the model's own" + (f", of {tried} tried" if tried > made else ""))
     return run / "rehearsal"
 
 

@@ -2,24 +2,26 @@
 
 Fine-tuning on a few pictures makes a model forget the rest, unless it sees some of the rest too. Where its training
 data are not at hand, its own samples stand in for them: pseudo-rehearsal (Robins 1995), DreamBooth's prior preservation
-(arXiv:2208.12242). No list of prompts is needed: a picture drawn without a prompt is described, that caption is drawn,
-and the drawing is kept where its description is that same caption.
+(arXiv:2208.12242).
 
-What is rehearsed is what is kept, so it must be as varied as what the model knows. A preset's draw without a prompt is
-not: its low temperature and its choice of the surest places end in the same few pictures. The pictures that captions
-are found in are therefore samples of the model's own distribution: ancestral sampling at temperature 1.
+What is rehearsed is what is kept, so it must be as varied as what the model knows. A model directory says it with
+`rehearsal.jsonl` (`mmdlm.training.known_words`): its captions are drawn. For a model without that file captions have to
+be found: a picture drawn without a prompt is described, that caption is drawn, and the drawing is kept where its
+description is that same caption. Such pictures are samples of the model's own distribution (ancestral, temperature 1),
+for a preset's low temperature ends in the same few; even so, a model finds what it draws easily and misses the rest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -43,13 +45,20 @@ _READ = {"name": "threshold", "tau": 0.9}  # as many places in a step as are sur
 
 
 def rehearse(
-    draw: TextToImage, out: Path, *, count: int, questions: Sequence[str] = (), seed: int = 0
+    draw: TextToImage,
+    out: Path,
+    *,
+    count: int,
+    known: Sequence[Mapping[str, Any]] = (),
+    questions: Sequence[str] = (),
+    seed: int = 0,
 ) -> tuple[int, int]:
-    """Writes at most `count` pictures with captions (and the model's answers to `questions`) as the folder `out`.
+    """Writes at most `count` pictures with captions and answers as the folder `out`.
 
-    A folder that is there already is kept as it is: it is written beside its place and renamed. Returns how many
-    pictures it has, and how many captions were tried (0 where it was there). Raises InputError where the model says
-    hardly anything twice: it has no world of its own to rehearse.
+    known: rows of words (`read_words`) of which `count` are drawn; without any, captions are found by the model itself,
+    which then answers `questions` too. A folder that is there already is kept as it is: it is written beside its place
+    and renamed. Returns how many pictures it has, and how many captions were tried (0 where it was there). Raises
+    InputError where the model says hardly anything twice: it has no world of its own to rehearse.
     """
     if (out / METADATA).is_file():
         return len((out / METADATA).read_text(encoding="utf-8").splitlines()), 0
@@ -57,12 +66,12 @@ def rehearse(
     place = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.parent))
     tried = 0
     try:
-        rows: list[dict[str, object]] = []
-        for caption, picture, answers, tried in _kept(draw, count, questions, seed):  # noqa: B007
+        rows: list[dict[str, Any]] = []
+        made = _drawn(draw, count, known, seed) if known else _kept(draw, count, questions, seed)
+        for row, picture, tried in made:  # noqa: B007
             name = f"{len(rows):04}.png"
             picture.save(place / name)
-            asked = {"question": list(questions), "answers": [[answer] for answer in answers]} if answers else {}
-            rows.append({"file_name": name, "text": [caption]} | asked)
+            rows.append({"file_name": name} | row)
         if len(rows) < 2:
             raise InputError(
                 f"Of {tried} pictures that the model drew it described {len(rows) or 'none'} in the same words twice, "
@@ -77,15 +86,34 @@ def rehearse(
     return len(rows), tried
 
 
+def _drawn(
+    draw: TextToImage, count: int, known: Sequence[Mapping[str, Any]], seed: int
+) -> Iterator[tuple[dict[str, Any], Image.Image, int]]:
+    """(row of words, its picture, rows drawn so far) for `count` of the rows, or all."""
+    room = _room(draw)
+    fitting = [dict(row) for row in known if len(draw.processor.text_ids(row["text"][0])) <= room]
+    rows = random.Random(f"rehearsal-{seed}").sample(fitting, min(count, len(fitting)))
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS]
+        chance = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        drawn = draw([row["text"][0] for row in part], generator=chance, num_inference_steps=_DRAWN_STEPS)
+        for row, picture in zip(part, cast(list[Image.Image], drawn.images), strict=True):
+            yield row, picture, start + len(part)
+
+
+def _room(draw: TextToImage) -> int:
+    """Tokens that a caption may have beside a picture."""
+    return draw.model.config.max_positions - len(layouts.draw_canvas("", draw.grid, draw.processor, draw.family).ids)
+
+
 def _kept(
     draw: TextToImage, count: int, questions: Sequence[str], seed: int
-) -> Iterator[tuple[str, Image.Image, list[str], int]]:
-    """(caption, its picture, answers, captions tried so far), at most `count` times."""
+) -> Iterator[tuple[dict[str, Any], Image.Image, int]]:
+    """(row of words, its picture, captions tried so far), at most `count` times."""
     read = ImageToText(draw.model, draw.visual_tokenizer, draw.processor)
     read.presets = draw.presets
     read.set_progress_bar_config(disable=True)
-    room = draw.model.config.max_positions - len(layouts.draw_canvas("", draw.grid, draw.processor, draw.family).ids)
-    known = Counter[str]()
+    room, known = _room(draw), Counter[str]()
     found = tried = 0
     while found < count and tried < _TRIES * count:
         chance = torch.Generator().manual_seed(seed * 1_000_003 + tried)
@@ -110,7 +138,8 @@ def _kept(
         answers = [read(chosen, question, policy=_READ).texts for question in questions]
         for n, at in enumerate(same):
             found += 1
-            yield captions[at], pictures[at], [of[n] for of in answers], tried
+            asked = {"question": list(questions), "answers": [[of[n]] for of in answers]} if answers else {}
+            yield {"text": [captions[at]]} | asked, pictures[at], tried
 
 
 @torch.no_grad()

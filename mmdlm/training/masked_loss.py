@@ -13,6 +13,7 @@ B rows, L positions, S sources of data, K buckets of masked shares.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -196,6 +197,15 @@ class Lesson(NamedTuple):
     sources: tuple[int, ...]  # whose rows
     teacher: MaskPredictor | None = None  # None: the model itself without its adapter
     new_words: int = 0  # the last text ids, of which the teacher knows nothing
+
+
+def lesson_for(
+    keep: Sequence[bool], model: MaskPredictor, *, copied: bool, new_words: Sequence[str] = ()
+) -> Lesson | None:
+    """The lesson of the sources that are to be kept, None where there are none. copied: the teacher is a copy of
+    `model` as it stands, for all of its weights will change; else the model without its adapter."""
+    sources = tuple(number for number, kept in enumerate(keep) if kept)
+    return Lesson(sources, copy.deepcopy(model) if copied else None, len(new_words)) if sources else None
 
 
 class MaskedLoss(nn.Module):
