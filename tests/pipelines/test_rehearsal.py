@@ -47,3 +47,19 @@ def test_what_is_rehearsed_is_varied_and_no_caption_comes_more_than_twice(tmp_pa
     assert len({caption.split()[-1] for caption in captions}) > 3
     first, again = (unprompted(pipe, 2, torch.Generator().manual_seed(3)) for _ in range(2))
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+
+
+def test_a_model_that_says_what_it_knows_draws_just_that(tmp_path):
+    pipe = TextToImage.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    known = [
+        {"text": ["a red apple", "an apple that is red"], "question": ["what is this?"], "answers": [["a red apple"]]},
+        {"text": ["a cat on a blue background"]},
+        {"text": ["a word " * 400]},  # longer than fits beside a picture
+    ]
+    assert rehearse(pipe, tmp_path / "own", count=5, known=known) == (2, 2)
+    pairs = {pair.texts[0]: pair for pair in open_pairs(tmp_path / "own")}
+    assert set(pairs) == {"a red apple", "a cat on a blue background"}
+    assert pairs["a red apple"].texts == known[0]["text"]
+    assert pairs["a red apple"].questions == [("what is this?", ["a red apple"])]
+    assert pairs["a cat on a blue background"].image.getpixel((1, 1))[2] > 180
