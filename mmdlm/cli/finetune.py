@@ -71,6 +71,9 @@ def finetune(
     new_word: Annotated[
         list[str] | None, typer.Option("--new-word", help="A word that gets an id of its own; may be repeated.")
     ] = None,
+    find_new_words: Annotated[
+        bool, typer.Option("--new-words/--no-new-words", help="Without --new-word: find those that the model spells.")
+    ] = True,
     replay: Annotated[
         list[str] | None,
         typer.Option("--replay", help="What the model knows (a picture world, a folder) and keeps; may be repeated."),
@@ -110,23 +113,22 @@ def finetune(
         "gradient_accumulation_steps": gradient_accumulation_steps, "gradient_checkpointing": gradient_checkpointing,
         "mixed_precision": mixed_precision, "held_out_share": held_out_share, "seed": seed,
     }  # fmt: skip
-    if new_word:
-        asked["new_words"] = new_word
     if resolution is not None:
         asked["resolution"] = resolution
     _check_memory(base, asked, device, keeps=bool(replay or rehearse))
+    pipe = load_pipeline("TextToImage", base, device, True, own="fine-tuning")
+    words = list(new_word or [])
+    if find_new_words and not words and not pipe.model.config.tie_word_embeddings:  # a tied table cannot grow
+        words = words_to_add(train, pipe.processor)
+    if words:
+        asked["new_words"] = words
+        typer.echo(f"words with ids of their own: {', '.join(words)}" + ("" if new_word else " (--no-new-words: none)"))
     identity: dict[str, Any] = {"hashes": _content(train, held_out)}
     identity |= {"data": str(Path(data).resolve()) if Path(data).exists() else data}
     identity |= {"model": model_hash(base), "replay": replay or [], "rehearse": rehearse, "settings": settings or []}
     _open_run(run, identity | asked)
 
     sets = {"held out": held_out, "trained on": train}
-    pipe = load_pipeline("TextToImage", base, device, True, own="fine-tuning")
-    spelled = spelled_words((text for row in train.rows for text in row.texts), pipe.processor.text_ids)
-    if spelled and not new_word:
-        named = " ".join(f"--new-word {word}" for word in spelled)
-        typer.echo("the model spells some words in three pieces or more, which it learns to draw but hardly to write; "
-                   f"to give them ids of their own: {named}")
     before = _measured(pipe, sets, run / "before", quiet)
     others = list(replay or [])
     if not others and rehearse:
@@ -207,6 +209,20 @@ def spelled_words(texts: Iterable[str], text_ids: Callable[[str], list[int]]) ->
     """Words that come at least twice in the texts and take three tokens or more, the commonest first; at most 20."""
     counts = Counter(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text))
     return [word for word, count in counts.most_common() if count > 1 and len(text_ids(f" {word}")) > 2][:20]
+
+
+def words_to_add(data: PairedData, processor: Any) -> list[str]:
+    """The `spelled_words` of the data that the model will have to write, in captions or answers.
+
+    What is spelled in pieces is drawn after ten minutes and not yet written, for the pieces are found in any order
+    (docs/log.md). Words of prompts alone are only read, which pieces do as well.
+    """
+    written = [row.texts[0] for row in data.rows if row.texts]
+    written += [answer for row in data.rows for _, answers in row.questions for answer in answers[:1]]
+    known = set(re.findall(r"[^\W\d_]{2,}", " ".join(written)))
+    texts = [text for row in data.rows for text in row.texts]
+    known -= set(processor.tokenizer.get_vocab())  # where it begins a text it has an id already
+    return [word for word in spelled_words(texts, processor.text_ids) if word in known]
 
 
 def _open_data(source: str, held_out_share: float, seed: int) -> tuple[PairedData, PairedData]:

@@ -13,12 +13,15 @@ from typer.testing import CliRunner, Result
 
 from mmdlm.assets import shipped_model
 from mmdlm.cli import app
-from mmdlm.cli.finetune import default_learning_rate, default_steps, spelled_words
+from mmdlm.cli.finetune import default_learning_rate, default_steps, spelled_words, words_to_add
+from mmdlm.data.paired import open_pairs, split_pairs
 from mmdlm.errors import InputError
+from mmdlm.models.new_words import processor_with
 from mmdlm.pipelines import TextToImage
 from mmdlm.sequence import batch, draw_canvas, hide
 
 STEPS = 3
+STICKERS = Path(__file__).parents[2] / "examples" / "stickers"
 
 
 def mmdlm(*words: str | Path | float) -> Result:
@@ -113,6 +116,19 @@ def logits(pipe: TextToImage) -> torch.Tensor:
         return pipe.model(canvas.ids, position_ids=canvas.positions, grid=canvas.grid).logits
 
 
+def test_words_that_have_to_be_written_and_are_spelled_get_ids_of_their_own():
+    processor = TextToImage.from_pretrained().processor
+    train, _ = split_pairs(open_pairs(STICKERS), held_out_share=0.125, seed=0)
+    # "sticker" and "friendly" are spelled too, and stand in prompts only.
+    assert set(words_to_add(train, processor)) == {
+        "cactus", "dinosaur", "doughnut", "fox", "ghost", "gift", "ladybug", "mushroom", "panda", "pineapple", "robot",
+        "unicorn",
+    }  # fmt: skip
+    assert words_to_add(train, processor_with(processor, ["fox", "panda"])) == [
+        word for word in words_to_add(train, processor) if word not in ("fox", "panda")
+    ]
+
+
 @pytest.mark.parametrize("kind", ["adapter", "pipeline"])
 def test_what_is_replayed_is_kept_and_not_learned(kind: str, words, tiny_model, tmp_path):
     data, known = pictures(tmp_path / "walls", FOUR), pictures(tmp_path / "known", dict(list(FOUR.items())[:3]))
@@ -153,15 +169,15 @@ def test_mistakes_are_one_sentence_before_anything_is_made(tmp_path):
 
 
 def test_the_learning_rate_falls_with_the_width(tiny_model):
-    assert default_learning_rate(shipped_model(), full=False) == 5e-3
-    assert default_learning_rate(shipped_model(), full=True) == 5e-4
-    assert default_learning_rate(tiny_model, full=True) == 3e-3  # of width 32
+    assert default_learning_rate(shipped_model(), full=False) == 2e-3
+    assert default_learning_rate(shipped_model(), full=True) == 3e-4
+    assert default_learning_rate(tiny_model, full=True) == 1.8e-3  # of width 32
 
 
 def test_steps_follow_the_number_of_pictures():
-    assert default_steps(1, 8) == default_steps(8, 8) == 500
-    assert default_steps(24, 8) == 1500
-    assert default_steps(24, 16) == 750
+    assert default_steps(1, 8) == default_steps(8, 8) == 750
+    assert default_steps(24, 8) == 2100
+    assert default_steps(24, 16) == 1050
     assert default_steps(1_000_000, 8) == 125_000
 
 
