@@ -30,7 +30,8 @@ def serve(
         str | None, typer.Option("--name", help="The model's name in requests; its directory's if not given.")
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", help="NAME=DIR: what finetune wrote, NAME in requests; repeatable.")
+        list[str] | None,
+        typer.Option("--adapter", help="DIR: what finetune wrote is the model; NAME=DIR: one beside it, repeatable."),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="One key a line, KEY or NAME KEY; needed off this machine.")
@@ -84,10 +85,10 @@ def serve(
     # absolute: Ray's replicas run in directories of their own
     places = [None if path is None else path.resolve() for path in (model, api_key_file)]
     hosts = tuple(allow_url_host or ())
-    adapters = dict(map(_named, adapter or ()))
-    if len(adapters) < len(adapter or ()):
-        raise InputError("--adapter names two adapters alike, expected a name of its own for each: rename one.")
-    build = partial(application, places[0], device, quantize, name, limits, places[1], hosts, local, adapters)
+    merged, adapters = _adapters(adapter or [])
+    if merged is not None and quantize is not None:
+        raise InputError(f"--quantize {quantize} and --adapter {merged} were given, expected one: `mmdlm merge` it.")
+    build = partial(application, places[0], device, quantize, name, limits, places[1], hosts, local, adapters, merged)
     from mmdlm.serving.run import BACKLOG, address_of, bind, log_as_json, run
 
     listening = bind(host, port)  # before the model: a port in use is said at once
@@ -124,34 +125,42 @@ def application(
     url_hosts: tuple[str, ...],
     local: bool,
     adapters: dict[str, Path],
+    merged: Path | None = None,
 ) -> Door:
     """The model with everything around it: what one server process runs, or one replica of Ray's.
 
-    The keys are read where they are needed, and are in no message between processes.
+    merged: an adapter that becomes part of the model. The keys are read where they are needed, and are in no message
+    between processes.
     """
-    pipe = load_pipeline("TextToImage", model, device, True, quantize)
+    pipe = load_pipeline("TextToImage", model, device, True, quantize, adapter=merged)
 
     from mmdlm.model_directory import model_hash
     from mmdlm.serving.server import Service, create_app
     from mmdlm.serving.settings import read_keys
 
-    directory = Path(pipe.name_or_path)
-    hashes = {}
+    directory, hashes = Path(pipe.name_or_path), {}
+    known_as, identity = directory.resolve().name, model_hash(directory)
+    if merged is not None:
+        from mmdlm.models.adapters import adapter_facts, merge_adapter
+
+        known_as, identity = merged.name, f"{identity}+{adapter_facts(pipe.model)['adapter_hash']}"
+        merge_adapter(pipe.model)
+        pipe.model.requires_grad_(False)
     if adapters:
         from mmdlm.models.adapters import WEIGHTS, adapter_directory, load_adapter, read_adapter
 
         for label, place in adapters.items():
             if read_adapter(adapter_directory(place)).get("new_words"):  # its ids are not the others'
                 raise InputError(
-                    f"The adapter {label} has words of its own, expected the model's: `mmdlm merge` it, and serve that "
-                    "model by itself."
+                    f"The adapter {label} has words of its own, expected the model's: serve it by itself, with "
+                    f"--adapter {place}."
                 )
-            load_adapter(pipe.model, place, name=label, base=model_hash(directory))
+            load_adapter(pipe.model, place, name=label, base=identity)
             hashes[label] = hashlib.sha256((adapter_directory(place) / WEIGHTS).read_bytes()).hexdigest()[:16]
     service = Service(
         pipe,
-        name=name or directory.resolve().name,
-        model_hash=model_hash(directory),
+        name=name or known_as,
+        model_hash=identity,
         limits=limits,
         url_hosts=url_hosts,
         adapters=hashes,
@@ -159,9 +168,18 @@ def application(
     return create_app(service, keys={} if api_key_file is None else read_keys(api_key_file), local=local)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """NAME=DIR of --adapter."""
-    name, _, place = text.partition("=")
-    if not (name and place):
-        raise InputError(f"--adapter got {text!r}, expected NAME=DIR, for example stickers=runs/stickers.")
-    return name, Path(place).resolve()
+def _adapters(given: list[str]) -> tuple[Path | None, dict[str, Path]]:
+    """The --adapter that becomes the model, and those that are served beside it by their names."""
+    if len(given) == 1 and "=" not in given[0]:
+        return Path(given[0]).resolve(), {}
+    named = {}
+    for text in given:
+        name, _, place = text.partition("=")
+        if not (name and place):
+            raise InputError(
+                f"--adapter got {text!r}, expected NAME=DIR, for example stickers=runs/stickers, or one DIR alone."
+            )
+        if name in named:
+            raise InputError("--adapter names two adapters alike, expected a name of its own for each: rename one.")
+        named[name] = Path(place).resolve()
+    return None, named
