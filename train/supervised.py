@@ -36,7 +36,7 @@ from mmdlm.models.new_words import add_new_words, processor_with, settle_new_wor
 from mmdlm.models.packed_attention import attend_by_document
 from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.pipelines import DEFAULT_PRESETS, TextToImage
-from mmdlm.pipelines.run_samples import save_samples
+from mmdlm.pipelines.run_samples import save_samples, set_lengths
 from mmdlm.processing import MMDLMProcessor
 from mmdlm.text_tokenizer import train_text_tokenizer
 from mmdlm.training import checkpoints, traps
@@ -194,8 +194,7 @@ def show(pipeline: TextToImage, config: Config, rows: Rows, held_out: list[Rows]
     if config.init_from:
         pipeline.presets = read_presets(Path(config.init_from), DEFAULT_PRESETS)
     else:
-        pipeline.presets["describe"]["answer_length"] = config.caption_length
-        pipeline.presets["ask"]["answer_length"] = config.answer_length
+        set_lengths(pipeline, config.caption_length, config.answer_length, guided=config.prompt_dropout > 0)
     if config.full:
         pipeline.save_pretrained(out / kind)
     else:
@@ -212,8 +211,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     # 1. Pictures as codes, words as ids.
     tokenizer = LFQTokenizer.from_pretrained(config.tokenizer).to(device).eval()
     known = None
-    if config.init_from:
-        # The words' ids must stay those that the weights were trained on.
+    if config.init_from:  # the words' ids must stay those that the weights were trained on
         known = MMDLMProcessor.from_pretrained(Path(config.init_from) / "processor")
         if config.new_words:
             known = processor_with(known, config.new_words)

@@ -18,6 +18,17 @@ from mmdlm.pipelines.drawing import TextToImage
 from mmdlm.training.rows import Coded
 
 
+def set_lengths(pipeline: TextToImage, caption_length: int, answer_length: int, *, guided: bool) -> None:
+    """Presets of a new model: how long its captions and answers are, and whether guidance has what it subtracts.
+
+    guided: rows without a prompt were trained on. Without them the pipelines refuse a guidance scale other than 1.
+    """
+    pipeline.presets["describe"]["answer_length"] = caption_length
+    pipeline.presets["ask"]["answer_length"] = answer_length
+    if not guided:
+        pipeline.presets["draw"] |= {"guidance_scale": 1.0, "unprompted": False}
+
+
 def draw_sheet(pipeline: TextToImage, prompts: Sequence[str]) -> Image.Image:
     """One drawing of every prompt, eight a row, seed 0."""
     pipeline.set_progress_bar_config(disable=True)

@@ -31,7 +31,13 @@ class PerceptualDistance(nn.Module):
 
         name, _, path = model.partition("@")
         source = {"pretrained_cfg_overlay": {"file": path}} if path else {}
-        network = timm.create_model(name, pretrained=True, features_only=True, **source)
+        try:
+            network = timm.create_model(name, pretrained=True, features_only=True, **source)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"perceptual_model {model!r} has no weights at hand ({reason}): give NAME@PATH of its safetensors file."
+            ) from error
         self.network = network.eval().requires_grad_(False)
         mean, std = self.network.pretrained_cfg["mean"], self.network.pretrained_cfg["std"]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
