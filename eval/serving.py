@@ -61,6 +61,7 @@ class Config:
     requests: int = 96  # of a level; every second one is a caption
     minutes: float = 0.0  # of `soak_clients` afterwards, to see the memory
     soak_clients: int = 16
+    temperature: float | None = 0.0  # of pictures; None: the preset's. Above 0 rounding may turn a draw
     options: str = ""  # more options of `mmdlm serve`
     seed: int = 0
 
@@ -107,7 +108,10 @@ def asked(config: Config, mark: object) -> list[tuple[str, Body]]:
     for i in range(config.requests):
         if i % 2 == 0:
             prompt = f"a {THINGS[i // 2 % len(THINGS)]}"
-            requests.append(("/v1/images/generations", {"prompt": prompt, "seed": config.seed + i}))
+            body: Body = {"prompt": prompt, "seed": config.seed + i}
+            if config.temperature is not None:
+                body["temperature"] = config.temperature
+            requests.append(("/v1/images/generations", body))
         else:
             url = "data:image/png;base64," + base64.b64encode(drawing(config.seed + i, mark)).decode()
             requests.append(("/v1/caption", {"image_url": url, "seed": config.seed + i}))
@@ -266,8 +270,9 @@ def compared(one: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     """A level with what it is to one-at-a-time serving: times its throughput, and how many answers are equal."""
     pairs = list(zip(one["answers"], alone["answers"], strict=True))
     kept = {key: value for key, value in one.items() if key != "answers"}
-    same = sum(a[0] == b[0] and abs(a[1] - b[1]) <= SAME_CONFIDENCE for a, b in pairs)
-    return {**kept, "times": one["per_second"] / alone["per_second"], "equal": same, "asked": len(pairs)}
+    others = [n for n, (a, b) in enumerate(pairs) if a[0] != b[0] or abs(a[1] - b[1]) > SAME_CONFIDENCE]
+    counts = {"equal": len(pairs) - len(others), "asked": len(pairs), "unequal": others}
+    return {**kept, "times": one["per_second"] / alone["per_second"], **counts}
 
 
 def meaning(content: bytes) -> tuple[str, float]:

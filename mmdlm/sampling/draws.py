@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def categorical(*, temperature: float = 1.0, top_k: int | None = None, top_p: fl
             shares = ordered.softmax(dim=-1)
             surplus = shares.cumsum(dim=-1) - shares >= top_p  # the column that crosses the share stays
             scores = scores.masked_fill(surplus.scatter(-1, order, surplus), -torch.inf)
-        columns = (scores + gumbel(generators, asked, scores.shape[-1])).argmax(dim=-1)
+        columns = gumbel_argmax(scores, generators, asked)
         chosen = logits.gather(-1, columns.unsqueeze(-1)).squeeze(-1)
         return columns, _probability(chosen, logits, asked)
 
@@ -115,8 +116,56 @@ def gumbel(generators: Sequence[torch.Generator], asked: Tensor, columns: int | 
     for row, count in enumerate(asked.sum(dim=1).tolist()):
         for start in range(0, count, at_once):
             some = _rand(generators[row], min(at_once, count - start), *shape[2:])
-            noise[row, start : start + len(some)] = some.log_().neg_().log_().neg_()
+            noise[row, start : start + len(some)] = _to_gumbel(some)
     return noise
+
+
+def gumbel_argmax(
+    scores: Tensor, generators: Sequence[torch.Generator], asked: Tensor, *, narrow: bool = True
+) -> Tensor:
+    """The column of the largest score + Gumbel noise at each place, the first of equals; the noise is `gumbel`'s.
+
+    `narrow`: on the CPU and in float32, noise is computed where it can decide only. The uniform numbers are taken all
+    the same, but of most columns no logarithm: what lies below a place's best score by more than the place's largest
+    noise cannot win. False is the slow twin; the columns are the same.
+    """
+    if not (narrow and scores.dtype == torch.float32 and scores.device.type == "cpu"):
+        return (scores + gumbel(generators, asked, scores.shape[-1])).argmax(dim=-1)
+    columns = torch.empty(asked.shape, dtype=torch.long)
+    at_once = max(NUMBERS_AT_ONCE // scores.shape[-1], 1)
+    for row, count in enumerate(asked.sum(dim=1).tolist()):
+        for start in range(0, count, at_once):
+            stop = min(start + at_once, count)
+            luck = _rand(generators[row], stop - start, scores.shape[-1]).to(scores.device)
+            columns[row, start:stop] = _lucky(scores[row, start:stop], luck)
+        columns[row, count:] = scores[row, count:].argmax(dim=-1)
+    return columns
+
+
+def _lucky(scores: Tensor, luck: Tensor) -> Tensor:
+    """`gumbel_argmax` of one row: scores float32 [n, V] and uniform numbers float64 [n, V], both of the CPU; [n]."""
+    level, lines = scores.detach().contiguous().numpy(), np.arange(len(scores))
+    likeliest = level.argmax(axis=1)
+    most = _to_gumbel(luck.amax(dim=1)).numpy()
+    floor = level[lines, likeliest] + _to_gumbel(luck[torch.from_numpy(lines), torch.from_numpy(likeliest)]).numpy()
+    with np.errstate(invalid="ignore"):  # of infinite scores, which then are no numbers here
+        # somewhat lower than that, for no rounding of a sum may lose a winner
+        floor = floor - most - (1e-6 + 4e-6 * (np.abs(floor) + np.abs(most)))
+    can = level >= floor[:, None]
+    if 8 * np.count_nonzero(can) > level.size or not can.any(axis=1).all():  # too flat to save anything, or no numbers
+        return (scores + _to_gumbel(luck)).argmax(dim=1)
+    able = np.flatnonzero(can)
+    line = able // level.shape[1]
+    begins = np.flatnonzero(np.diff(line, prepend=-1))
+    found = level.reshape(-1)[able] + _to_gumbel(luck.view(-1)[torch.from_numpy(able)]).numpy()
+    winners = np.flatnonzero(found == np.maximum.reduceat(found, begins)[line])
+    first = winners[np.flatnonzero(np.diff(line[winners], prepend=-1))]
+    return torch.from_numpy(able[first] % level.shape[1])
+
+
+def _to_gumbel(luck: Tensor) -> Tensor:
+    """Uniform numbers, float64 and overwritten -> standard Gumbel noise, float32."""
+    return luck.log_().neg_().log_().neg_().float()
 
 
 def _rand(generator: torch.Generator, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The engine: rows of many requests share every forward; a new one joins at the next step, a finished one leaves.
+"""The engine: rows of many requests share forwards; a new one joins at the next step, a finished one leaves.
 
 Continuous batching as in language-model servers (Orca, OSDI 2022), where a step is one pass of masked diffusion: rows
 are independent (`mmdlm.sampling.denoise`), so pictures and texts of any lengths, steps, settings and seeds stand side
@@ -31,10 +31,9 @@ from torch import Tensor
 from mmdlm.errors import InputError
 from mmdlm.models.mask_predictor import MaskPredictor
 from mmdlm.sampling.denoise import Asked, State
-from mmdlm.sampling.predictors import guide
-from mmdlm.serving.forward import shared_forward
+from mmdlm.serving.forward import Layouts, guided_forward
 from mmdlm.serving.jobs import Job, Question
-from mmdlm.serving.lanes import Lanes, share_out
+from mmdlm.serving.lanes import Lanes, fair_share
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class Late(Exception):
 
 
 class Pass(NamedTuple):
-    """What one step was, all its lanes together: for whoever watches (`Engine(watch=...)`)."""
+    """What one step of a lane was: for whoever watches (`Engine(watch=...)`)."""
 
     jobs: int
     rows: int  # guidance takes two for a job
@@ -83,8 +82,9 @@ class Ticket:
 class Engine:
     """Runs jobs in threads of its own. Every method may be called from any thread.
 
-    `budget`: tokens of a step, padding and the second row of guided jobs included; it bounds the memory.
-    `queue`: jobs that may wait. `watch` is called with a `Pass` after every step. `lanes`: see `mmdlm.serving.lanes`.
+    `budget`: tokens of all lanes' steps, padding and the second row of guided jobs included; it bounds the memory.
+    `queue`: jobs that may wait. `lanes`: see `mmdlm.serving.lanes`. `watch` is called with a `Pass` after every step,
+    in each lane's own thread.
     """
 
     def __init__(
@@ -102,13 +102,19 @@ class Engine:
         self.mask_id, self.budget, self.queue, self._watch = mask_id, budget, queue, watch
         self._lanes = Lanes(model, lanes)
         self._waiting: list[Ticket] = []
-        self._active: list[Ticket] = []
+        self._active: list[Ticket] = []  # let in, those first that have waited longest for a step
+        self._taken: set[Ticket] = set()  # those of them that a lane is at
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closed = self._stopped = False
-        self._busy, self._seconds_per_job = 0.0, 1.0  # since a job was finished; a running mean, for Retry-After
-        self._thread = threading.Thread(target=self._run, name="mmdlm-engine", daemon=True)
-        self._thread.start()
+        self._busy = 0  # lanes at work
+        self._spent, self._seconds_per_job = 0.0, 1.0  # since a job was finished; a running mean, for Retry-After
+        self._threads = [
+            threading.Thread(target=self._run, args=(model,), name=f"mmdlm-engine-{number}", daemon=True)
+            for number, model in enumerate(self._lanes.models)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(
         self,
@@ -171,12 +177,18 @@ class Engine:
         Returns True where nothing had to be given up.
         """
         self.close()
-        self._thread.join(seconds)
-        finished = not self._thread.is_alive()
+        until = None if seconds is None else time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        finished = not any(thread.is_alive() for thread in self._threads)
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+        for ticket in self._waiting + self._active:
+            _fail(ticket, Busy("The server was stopped.", 5))
+        self._waiting, self._active = [], []
         return finished
 
     @property
@@ -191,37 +203,65 @@ class Engine:
     def active(self) -> int:
         return len(self._active)
 
-    # ------------------------------------------------------------------------------------------------ the thread
+    # ------------------------------------------------------------------------------------------------ the threads
 
-    def _run(self) -> None:
+    def _run(self, model: MaskPredictor) -> None:
+        """A lane: step after step over its share of the rows."""
+        layouts = Layouts()
         while True:
-            with self._changed:
-                while not (self._waiting or self._active or self._closed):
-                    self._changed.wait()
-                if self._stopped or (self._closed and not (self._waiting or self._active)):
-                    break
-                self._clear()
-                self._admit()
+            tickets, busy = self._next()
+            if not tickets:
+                return
+            self._lanes.share_cores(busy)
+            started = time.perf_counter()
             try:
-                if self._active:
-                    self._step()
+                self._step(model, tickets, layouts)
             except Exception as error:  # a bug here must not leave everybody waiting for a thread that is gone
                 logger.exception("a step failed")
-                for ticket in self._active:
+                for ticket in tickets:
                     _fail(ticket, error)
-        for ticket in self._waiting + self._active:
-            _fail(ticket, Busy("The server was stopped.", 5))
-        self._waiting, self._active = [], []
-        self._lanes.close()
+            self._leave(tickets, (time.perf_counter() - started) / busy)
+
+    def _next(self) -> tuple[list[Ticket], int]:
+        """The rows of a lane's next step, when there are some, and how many lanes are then at work; none at the end."""
+        with self._changed:
+            while not self._stopped:
+                self._clear()
+                self._admit()
+                free = [ticket for ticket in self._active if ticket not in self._taken]
+                if free:
+                    tickets = fair_share(free, self._taken, lambda ticket: ticket.tokens, len(self._threads))
+                    self._taken.update(tickets)
+                    self._busy += 1
+                    return tickets, self._busy
+                if self._closed and not (self._waiting or self._active):
+                    break
+                self._changed.wait()
+        return [], 0
+
+    def _leave(self, tickets: list[Ticket], seconds: float) -> None:
+        """A lane's step is over; `seconds` of the engine's time went into it."""
+        with self._changed:
+            self._taken.difference_update(tickets)
+            # behind those that were left over: nobody waits for more than a step
+            stay = [ticket for ticket in tickets if not ticket.future.done()]
+            others = set(self._active).difference(tickets)
+            self._active = [ticket for ticket in self._active if ticket in others] + stay
+            self._busy -= 1
+            self._spent += seconds
+            if left := len(tickets) - len(stay):
+                self._seconds_per_job += 0.2 * (self._spent / left - self._seconds_per_job)
+                self._spent = 0.0
+            self._changed.notify_all()
 
     def _clear(self) -> None:
-        """Take out what is cancelled or late."""
+        """Take out what is cancelled or late and no lane is at."""
         now = time.monotonic()
-        for ticket in self._waiting + self._active:
+        for ticket in [*self._waiting, *(ticket for ticket in self._active if ticket not in self._taken)]:
             if ticket.deadline is not None and now > ticket.deadline:
                 _fail(ticket, Late("The request took longer than its deadline allows."))
         self._waiting = [ticket for ticket in self._waiting if not ticket.future.done()]
-        self._active = [ticket for ticket in self._active if not ticket.future.done()]
+        self._active = [ticket for ticket in self._active if ticket in self._taken or not ticket.future.done()]
 
     def _admit(self) -> None:
         """Let in whoever is next while the padded forward stays within the budget."""
@@ -238,38 +278,22 @@ class Engine:
             self._active = together
             shares[ticket.client] += ticket.tokens
 
-    def _step(self) -> None:
-        """A forward for the active rows of each lane, and each row's answer to it."""
-        started, tickets = time.perf_counter(), list(self._active)
-        parts = share_out(tickets, lambda ticket: (ticket.job.rows, ticket.job.length), len(self._lanes.models))
-        asked, written = (sum(counts) for counts in zip(*self._lanes.run(self._forward, parts), strict=True))
-        self._active = [ticket for ticket in self._active if not ticket.future.done()]
-        seconds = time.perf_counter() - started
-        self._busy += seconds
-        if left := len(tickets) - len(self._active):
-            self._seconds_per_job += 0.2 * (self._busy / left - self._seconds_per_job)
-            self._busy = 0.0
+    def _step(self, model: MaskPredictor, tickets: list[Ticket], layouts: Layouts) -> None:
+        """A lane's step: what its rows ask, and each row's answer to it."""
+        started = time.perf_counter()
+        questions = [ticket.job.questions(ticket.asked) for ticket in tickets]
+        answered = _logits(model, tickets, questions, layouts)
+        written = sum(self._answer(ticket, logits) for ticket, logits in answered)
         if self._watch is not None:
             rows, length = sum(ticket.job.rows for ticket in tickets), max(ticket.job.length for ticket in tickets)
+            asked = sum(len(question.where) for one in questions for question in one)
+            seconds = time.perf_counter() - started
             self._watch(Pass(len(tickets), rows, length, asked, written, seconds, len(self._waiting)))
 
-    def _forward(self, model: MaskPredictor, tickets: list[Ticket]) -> tuple[int, int]:
-        """A lane's part of a step: the places that were asked and those that were written."""
-        try:
-            questions: list[list[Question]] = [ticket.job.questions(ticket.asked) for ticket in tickets]
-            written = sum(self._answer(ticket, logits) for ticket, logits in _logits(model, tickets, questions))
-            return sum(len(question.where) for one in questions for question in one), written
-        except Exception as error:  # a bug here must not leave everybody waiting for a thread that is gone
-            logger.exception("a step failed")
-            for ticket in tickets:
-                _fail(ticket, error)
-            return 0, 0
-
-    def _answer(self, ticket: Ticket, logits: list[Tensor]) -> int:
+    def _answer(self, ticket: Ticket, logits: Tensor) -> int:
         """Send a row its logits; returns the places it wrote. Whatever goes wrong in it stays in it."""
         try:
-            of_row = logits[0] if len(logits) == 1 else guide(logits[0], logits[1], ticket.job.scale)
-            state = ticket.job.loop.send(of_row.unsqueeze(0))
+            state = ticket.job.loop.send(logits.unsqueeze(0))
             assert isinstance(state, State)
             if ticket.on_state is not None:
                 ticket.on_state(state)
@@ -288,19 +312,19 @@ class Engine:
 
 
 def _logits(
-    model: MaskPredictor, tickets: list[Ticket], questions: list[list[Question]]
-) -> list[tuple[Ticket, list[Tensor]]]:
-    """Each ticket's logits, of one forward. Where that fails each is asked alone, and only who fails then fails."""
+    model: MaskPredictor, tickets: list[Ticket], questions: list[list[Question]], layouts: Layouts
+) -> list[tuple[Ticket, Tensor]]:
+    """Each ticket's logits, computed together. Where that fails each is asked alone, and only who fails then fails."""
     try:
-        flat = iter(shared_forward(model, [question for one in questions for question in one]))
+        asked = [(one, ticket.job.scale) for ticket, one in zip(tickets, questions, strict=True)]
+        return list(zip(tickets, guided_forward(model, asked, layouts), strict=True))
     except Exception as error:
         if len(tickets) == 1:
             logger.exception("a forward failed")
             _fail(tickets[0], error)
             return []
         logger.warning("a forward of %d jobs failed (%r), each is tried alone", len(tickets), error)
-        return [pair for i, ticket in enumerate(tickets) for pair in _logits(model, [ticket], [questions[i]])]
-    return [(ticket, [next(flat) for _ in one]) for ticket, one in zip(tickets, questions, strict=True)]
+        return [pair for i, ticket in enumerate(tickets) for pair in _logits(model, [ticket], [questions[i]], layouts)]
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:

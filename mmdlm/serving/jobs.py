@@ -81,6 +81,9 @@ class Job:
         if self.unprompted is not None:
             places = self.canvas.editable.nonzero()[:, 1][None], self.unprompted.editable.nonzero()[:, 1][None]
             self._other = other_canvas(self.unprompted.ids, *places)
+        # the same tensors in every step: by that a layout is known again (`mmdlm.serving.forward.Layouts`)
+        canvases = [self.canvas] if self.unprompted is None else [self.canvas, self.unprompted]
+        self._layouts = [(canvas.positions[0], canvas.grid[0]) for canvas in canvases]
 
     @property
     def rows(self) -> int:
@@ -108,12 +111,12 @@ class Job:
 
     def questions(self, asked: Asked) -> list[Question]:
         """The forward's rows for what the loop asks: the canvas, and with guidance the unprompted one after it."""
-        canvas = self.canvas
-        rows = [(asked.x[0], asked.where[0], canvas)]
+        found = [(asked.x[0], asked.where[0])]
         if self.unprompted is not None:
             ids, where = self._other(asked.x, asked.where)
-            rows.append((ids[0], where[0], self.unprompted))
-        return [Question(*row[:2], row[2].positions[0], row[2].grid[0], self.columns, self.adapter) for row in rows]
+            found.append((ids[0], where[0]))
+        layouts = zip(found, self._layouts, strict=True)
+        return [Question(*row, *layout, self.columns, self.adapter) for row, layout in layouts]
 
 
 class Studio:

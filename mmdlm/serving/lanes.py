@@ -1,16 +1,16 @@
-"""Lanes: a step's rows shared out over the cores, each part with a forward of its own, side by side.
+"""Lanes: a core each, with a step loop of its own over a part of the rows.
 
 A small model's operations are too short to be shared by several cores: two threads of one operation wait for each
-other longer than they compute. Rows are independent, so their parts need not wait: with two or more of them a lane
-takes one core. A single part gets all cores, and so does everything on an accelerator, where one large forward is best.
+other longer than they compute. Rows are independent, so lanes need not wait for each other at all: each makes its own
+steps, and at the end of one takes its share of the rows that no other lane is at. A lane that is at work alone gets all
+cores, and so does everything on an accelerator, where one large forward is best.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,7 +18,6 @@ import torch
 from mmdlm.models.mask_predictor import MaskPredictor
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Lanes:
@@ -32,37 +31,26 @@ class Lanes:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.models = [model, *(copy.deepcopy(model, dict(shared)) for _ in range(count - 1))]
         self._threads = threading.local()
-        self._pool = ThreadPoolExecutor(count - 1, "mmdlm-lane") if count > 1 else None
 
-    def run(self, work: Callable[[MaskPredictor, T], R], parts: Sequence[T]) -> list[R]:
-        """`work` on each part, at most one for a lane, the first of them in this thread."""
-        threads = max(1, self.cores // len(parts))
-
-        def within(model: MaskPredictor, part: T) -> R:
-            if getattr(self._threads, "count", self.cores) != threads:
-                torch.set_num_threads(threads)
-                self._threads.count = threads
-            return work(model, part)
-
-        pairs = list(zip(self.models[: len(parts)], parts, strict=True))
-        others = [self._pool.submit(within, *pair) for pair in pairs[1:]] if self._pool is not None else []
-        return [within(*pairs[0]), *(other.result() for other in others)]
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+    def share_cores(self, busy: int) -> None:
+        """The calling thread's operations may use the cores' share of one of `busy` lanes that are at work."""
+        threads = max(1, self.cores // busy)
+        if getattr(self._threads, "count", self.cores) != threads:
+            torch.set_num_threads(threads)
+            self._threads.count = threads
 
 
-def share_out(items: Sequence[T], size: Callable[[T], tuple[int, int]], most: int) -> list[list[T]]:
-    """`items` of (rows, length) each in at most `most` parts of about as many tokens, alike lengths together.
+def fair_share(free: Sequence[T], taken: Iterable[T], size: Callable[[T], int], lanes: int) -> list[T]:
+    """What a lane takes of the `free` items, in their order: a lane's share of all sizes, as near as items allow.
 
-    A part's rows are padded to its longest, so a short one had better not stand beside a long one.
+    At least one, where there is one; `taken` are those that other lanes are at.
     """
-    ordered = sorted(items, key=lambda item: size(item)[1])
-    tokens = [rows * length for rows, length in map(size, ordered)]
-    most, total, before = min(most, len(ordered)), sum(tokens), 0
-    parts: list[list[T]] = [[] for _ in range(most)]
-    for item, count in zip(ordered, tokens, strict=True):
-        parts[min(most - 1, int((before + count / 2) * most / total))].append(item)  # by where its middle lies
-        before += count
-    return [part for part in parts if part]
+    share = (sum(map(size, free)) + sum(map(size, taken))) / lanes
+    mine: list[T] = []
+    total = 0.0
+    for item in free:
+        if mine and total + size(item) / 2 > share:
+            break
+        mine.append(item)
+        total += size(item)
+    return mine

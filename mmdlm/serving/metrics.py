@@ -18,24 +18,23 @@ class Metrics:
         self.registry = CollectorRegistry()
         kept = self.registry
         self.waiting = Gauge("mmdlm_queue_rows", "Rows that wait for room", registry=kept)
-        self.active = Gauge("mmdlm_active_rows", "Rows in the last forward, jobs", registry=kept)
-        self.forwards = Counter("mmdlm_forwards", "Forwards of the model", registry=kept)
+        self.active = Gauge("mmdlm_active_rows", "Rows that were let in, jobs", registry=kept)
+        self.forwards = Counter("mmdlm_forwards", "Steps that rows made together, over all lanes", registry=kept)
         self.steps = Counter("mmdlm_steps", "Steps made, over all jobs", registry=kept)
         self.written = Counter("mmdlm_written_tokens", "Tokens written", registry=kept)
-        self.rows = Histogram("mmdlm_batch_rows", "Rows of a forward, guidance's second ones included", buckets=ROWS,
+        self.rows = Histogram("mmdlm_batch_rows", "Rows of a lane's step, guidance's second ones too", buckets=ROWS,
                               registry=kept)
-        self.tokens = Histogram("mmdlm_tokens_per_forward", "Tokens of a forward, padding included", buckets=TOKENS,
-                                registry=kept)
-        self.forward_seconds = Histogram("mmdlm_forward_seconds", "A forward and the answers to it", buckets=SECONDS,
-                                         registry=kept)
+        self.tokens = Histogram("mmdlm_tokens_per_forward", "Tokens of a lane's step, rows as the longest",
+                                buckets=TOKENS, registry=kept)
+        self.forward_seconds = Histogram("mmdlm_forward_seconds", "A lane's step: its forwards, and their answers",
+                                         buckets=SECONDS, registry=kept)
         self.requests = Counter("mmdlm_requests", "Requests answered", ["route", "status"], registry=kept)
         self.request_seconds = Histogram("mmdlm_request_seconds", "From a request to its answer's last byte",
                                          ["route"], buckets=SECONDS, registry=kept)
 
     def watch(self, seen: Pass) -> None:
-        """Called by the engine after every forward."""
+        """Called by the engine after every step, by several lanes at once."""
         self.waiting.set(seen.waiting)
-        self.active.set(seen.jobs)
         self.forwards.inc()
         self.steps.inc(seen.jobs)
         self.written.inc(seen.written)

@@ -24,7 +24,10 @@ def program() -> ModuleType:
     return module
 
 
-def test_every_level_is_measured_compared_and_written_down(program, tiny_model: Path, tmp_path: Path, capsys):
+def test_every_level_is_measured_compared_and_written_down(
+    program, tiny_model: Path, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # one lane: six clients share its steps, on any machine
     program.main([f"model={tiny_model}", f"out={tmp_path}", "clients=[1,6]", "requests=12", "minutes=0.02",
                   "soak_clients=3", "options=--budget 512 --timeout 900"])  # fmt: skip
     found = json.loads((tmp_path / "run.json").read_text())

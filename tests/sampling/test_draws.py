@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmdlm.sampling.draws import categorical, greedy, gumbel, row_generators, uniform
+from mmdlm.sampling.draws import categorical, greedy, gumbel, gumbel_argmax, row_generators, uniform
 
 
 def frequencies(draw, logits, n=20000):
@@ -82,3 +82,27 @@ def test_row_generators():
     assert first == row_generators(None, 1, device)[0].initial_seed()
     with pytest.raises(ValueError, match="2 generators for 3 rows"):
         row_generators(given, 3, device)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 17, 300])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 5.0, 30.0, 1e4])
+def test_noise_where_it_can_decide_chooses_what_all_noise_chooses(columns, spread):
+    """Scores of any spread; equal ones, shut columns, places with nothing open, an infinite one and no numbers."""
+    torch.manual_seed(0)
+    asked = torch.ones(2, 40, dtype=torch.bool)
+    asked[1, 30:] = False
+    for kind in range(6):
+        scores = torch.randn(2, 40, columns) * spread
+        if kind == 1:
+            scores = scores.round()
+        elif kind == 2:
+            scores = scores.masked_fill(torch.rand(scores.shape) < 0.4, -torch.inf)
+        elif kind == 3:
+            scores[0, 3], scores[1, 2] = torch.nan, -torch.inf
+        elif kind == 4:
+            scores[0, 5, 0] = torch.inf
+        made = [[torch.Generator().manual_seed(seed) for seed in (kind, 9)] for _ in range(2)]
+        some, every = (gumbel_argmax(scores, made[i], asked, narrow=i == 0) for i in range(2))
+        assert torch.equal(some, every), kind
+        # and as many numbers were taken
+        assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(*made, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -47,8 +48,10 @@ def launch(directory: Path, tiny_model: Path, *options: object, files: int | Non
     directory.mkdir(exist_ok=True)
     arguments = ["serve", "--model", tiny_model, "--device", "cpu", "--port", 0, *options]
     command = [sys.executable, "-c", "from mmdlm.cli import main; main()", *map(str, arguments)]
+    one_lane = os.environ | {"OMP_NUM_THREADS": "1"}  # so that who comes together shares steps, on any machine
     with (directory / "out").open("wb") as out, (directory / "err").open("wb") as err:
-        process = subprocess.Popen(command if files is None else _limited(command, files), stdout=out, stderr=err)
+        command = command if files is None else _limited(command, files)
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=one_lane)
         return Server(process, "", directory / "err")
 
 

@@ -49,11 +49,11 @@ def studio(draw: TextToImage) -> Studio:
 
 @pytest.fixture
 def started(draw: TextToImage):
-    """A function that starts engines, all of them stopped at the end."""
+    """A function that starts engines of one lane, whose steps can be counted; all of them stopped at the end."""
     engines: list[Engine] = []
 
     def start(**settings: object) -> Engine:
-        engines.append(Engine(draw.model, draw.processor.vocabulary.mask_id, **settings))
+        engines.append(Engine(draw.model, draw.processor.vocabulary.mask_id, **{"lanes": 1, **settings}))
         return engines[-1]
 
     yield start

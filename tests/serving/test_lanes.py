@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from mmdlm.models.adapters import load_adapter
 from mmdlm.pipelines import TextToImage
 from mmdlm.serving.engine import Engine, Pass
 from mmdlm.serving.jobs import Job, Studio
-from mmdlm.serving.lanes import Lanes, share_out
+from mmdlm.serving.lanes import Lanes, fair_share
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +26,49 @@ def adapted(tiny_model: Path, adapters: dict[str, Path]) -> TextToImage:
     return pipe
 
 
-def test_parts_are_alike_in_tokens_and_keep_lengths_together():
-    def parts(items: list[tuple[int, int]], most: int) -> list[list[tuple[int, int]]]:
-        return share_out(items, lambda item: item, most)
+def test_a_lane_takes_its_share_in_the_order_of_waiting():
+    def take(free: list[int], taken: list[int], lanes: int) -> list[int]:
+        return fair_share(free, taken, lambda item: item, lanes)
 
-    assert parts([(1, 9)], 2) == [[(1, 9)]]
-    assert parts([(1, 80), (1, 8), (1, 80), (1, 8)], 2) == [[(1, 8), (1, 8), (1, 80)], [(1, 80)]]
-    assert parts([(2, 10)] * 8, 2) == [[(2, 10)] * 4] * 2
-    assert parts([(1, 5)] * 3, 4) == [[(1, 5)]] * 3
-    assert parts([(1, 1), (1, 99)], 2) == [[(1, 1)], [(1, 99)]]
+    assert take([9], [], 2) == [9]
+    assert take([4, 4, 4, 4], [], 2) == [4, 4]
+    assert take([4, 4], [4, 4], 2) == [4, 4]  # the other lane has its half
+    assert take([4, 4, 4], [4], 2) == [4, 4]  # one is left to it
+    assert take([1, 99], [], 2) == [1]
+    assert take([99, 1], [], 2) == [99]
+    assert take([1, 2, 3], [50], 1) == [1, 2, 3]
 
 
-def test_lanes_share_the_weights_and_run_side_by_side(adapted):
+def test_lanes_share_the_weights(adapted):
     lanes = Lanes(adapted.model, 2)
     first, second = lanes.models
     assert first is not second
     assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    meeting = threading.Barrier(2, timeout=30)  # broken unless both are there at once
 
-    def work(model: object, part: str) -> tuple[bool, str]:
-        meeting.wait()
-        return model is first, part
 
-    assert lanes.run(work, ["a", "b"]) == [(True, "a"), (False, "b")]
-    lanes.close()
+def test_lanes_make_steps_of_their_own(adapted, picture):
+    """Two lanes are in a step at once; one of them is held there, and the other goes on without it."""
+    studio, together, held = Studio(adapted), threading.Barrier(2, timeout=30), threading.Event()
+    made = Counter[int]()
+
+    def watch(seen: Pass) -> None:
+        lane = threading.get_ident()
+        made[lane] += 1
+        if made[lane] == 1:
+            together.wait()  # broken unless both are there at once
+            if seen.rows == 2:
+                assert held.wait(30)
+
+    engine = Engine(adapted.model, adapted.processor.vocabulary.mask_id, lanes=2, watch=watch)
+    slow = studio.drawing("a red apple", seed=0, num_inference_steps=9, guidance_scale=2.0)
+    quick = studio.describing(picture(0), seed=0, num_inference_steps=9)
+    waits, goes = engine.submit_all([slow, quick])
+    assert goes.future.result(60).done.all() and not waits.future.done()
+    late = engine.submit(studio.describing(picture(1), seed=0, num_inference_steps=3)).future.result(60)
+    assert late.done.all() and not waits.future.done()
+    held.set()
+    assert waits.future.result(60).done.all()
+    assert engine.stop(60) and min(made.values()) >= 1
 
 
 def test_lanes_and_adapters_change_no_result(adapted, adapters, picture):
