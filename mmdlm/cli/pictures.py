@@ -63,6 +63,10 @@ def generate(
     negative: Annotated[
         str | None, typer.Option("--negative", help="Guide away from this prompt instead of from none.")
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="A picture to change as the prompt says, for models trained on such pairs."),
+    ] = None,
     cache: CacheOption = None,
     seed: Annotated[
         int | None,
@@ -88,6 +92,7 @@ def generate(
     same seed writes the same bytes. With --best-of N candidate k of picture i has the seed + i * N + k.
     """
     from mmdlm.picture_files import check_writable, numbered, png, sheet, write_whole
+    from mmdlm.processing import load_image
 
     wanted = [prompt for prompt in prompts for _ in range(count)]
     paths = [output] if grid else numbered(output, len(wanted))
@@ -97,11 +102,15 @@ def generate(
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings |= {"guidance_interval": _interval(interval), "negative_prompt": negative, "cache": parsed_cache(cache)}
     settings |= {"policy": parsed_policy(policy), "replay": recording(replay)}
+    settings |= {"source": None if source is None else load_image(source)}
     played = settings["replay"]
     pipe = load_pipeline("TextToImage", model, device, quiet, quantize, adapter=adapter)
     seed = seed_of(seed, played)
     told = {"guidance_interval": interval, "negative_prompt": negative, "cache": cache, "policy": policy}
-    facts = _facts(pipe, steps, guidance, told)
+    facts = _facts(pipe, steps, guidance, told | {"source": None if source is None else source.name})
+    for option, value in (("--negative", negative), ("--guidance-interval", interval)):
+        if value is not None and facts["guidance_scale"] == 1:
+            raise InputError(f"{option} needs guidance, and the guidance scale is 1, which is none: give --guidance 2.")
     if played is not None:
         played.check({"command": "generate", "prompts": wanted, "best_of": best_of, "seed": seed, **facts})
     candidates = [prompt for prompt in wanted for _ in range(best_of)]

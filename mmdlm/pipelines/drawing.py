@@ -14,9 +14,11 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from mmdlm import sequence
 from mmdlm.errors import InputError
 from mmdlm.pipelines import layouts
 from mmdlm.pipelines.pipeline import Generators, MMDLMPipeline, StepCallback, cache_report, editable_places
+from mmdlm.processing import Picture
 from mmdlm.sampling.denoise import Predictor
 from mmdlm.sampling.guidance_interval import check_interval, within
 from mmdlm.sampling.predictors import guided, other_canvas
@@ -53,6 +55,7 @@ class TextToImage(MMDLMPipeline):
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         negative_prompt: str | None = None,
+        source: Picture | Sequence[Picture] | None = None,
         cache: Mapping[str, Any] | None = None,
         policy: Mapping[str, Any] | None = None,
         generator: Generators | None = None,
@@ -64,7 +67,9 @@ class TextToImage(MMDLMPipeline):
 
         What is None comes from the model's preset "draw". guidance_scale: logits = without the prompt +
         scale * (with - without); 1 is no guidance. guidance_interval: the shares of masked codes between which it is
-        used, (0, 1) is always, see `within`. negative_prompt: guide away from this instead of from no prompt. `cache`:
+        used, (0, 1) is always, see `within`. negative_prompt: guide away from this instead of from no prompt. source: a
+        picture to be changed as the prompt says, one for all prompts or one for each, for models that were trained on
+        such pairs (`source_file_name`); guidance drops the words and keeps the picture. `cache`:
         {"name": "image_cache", **settings}, see `cached_from_config`. `policy`: {"name": ..., **settings}, see
         `policy_from_config`.
         `generator`: one for all pictures, or one for each; a picture with
@@ -80,7 +85,7 @@ class TextToImage(MMDLMPipeline):
         if output_type not in ("pil", "pt"):
             raise InputError(f"output_type is {output_type!r}, expected 'pil' or 'pt'.")
         canvas, predict, branches = self.prepare(prompts, num_images_per_prompt, settings["guidance_scale"],
-                                                 negative_prompt=negative_prompt, settings=settings)
+                                                 negative_prompt=negative_prompt, settings=settings, source=source)
         shape = (len(canvas.ids), *self.grid)
         first_id = self.processor.vocabulary.image_start
         mask_id = self.processor.vocabulary.mask_id
@@ -112,6 +117,7 @@ class TextToImage(MMDLMPipeline):
         *,
         negative_prompt: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        source: Picture | Sequence[Picture] | None = None,
     ) -> tuple[Canvas, Predictor, list[Predictor]]:
         """The canvas [B, L] whose places for codes are masked, the predictor that fills them, and its branches.
 
@@ -119,22 +125,20 @@ class TextToImage(MMDLMPipeline):
         """
         if not prompts or copies < 1:
             raise InputError(f"Got {len(prompts)} prompts, {copies} pictures each, expected at least one of both.")
-        rows = []
-        for prompt in prompts:
-            if not prompt.strip():
-                raise InputError("The prompt is empty, expected what to draw: for example \"a red apple\".")
-            row = layouts.draw_canvas(prompt, self.grid, self.processor, self.family)
-            rows += [row] * copies
-        canvas, mask = self._batch(rows, "prompt")
+        if not all(prompt.strip() for prompt in prompts):
+            raise InputError("The prompt is empty, expected what to draw: for example \"a red apple\".")
+        changed = self._changed(source, len(prompts))
+        rows = [self._row(*pair) for pair in zip(prompts, changed, strict=True) for _ in range(copies)]
+        canvas, mask = self._batch(rows, "prompt" if source is None else "prompt with the picture to change")
         columns, interval = self.processor.vocabulary.image_columns, (settings or {}).get("guidance_interval")
         predict = self._predictor(canvas, mask, columns, settings)
         if interval is not None:
             check_interval(interval)
         if guidance_scale == 1:
             return canvas, predict, [predict]
-        unprompted = layouts.draw_canvas(negative_prompt or "", self.grid, self.processor, self.family)
+        unprompted = [self._row(negative_prompt or "", one) for one in changed for _ in range(copies)]
         # Without a prompt it is shorter than the prompted ones and has no padding: its forward costs that much less.
-        empty, _ = self._batch([unprompted] * len(rows), "negative prompt")
+        empty, _ = self._batch(unprompted, "negative prompt")
         other = other_canvas(empty.ids, editable_places(canvas), editable_places(empty))
         unconditional = self._predictor(empty, None, columns, settings)
         both = guided(predict, unconditional, guidance_scale, other=other, kept=self._first_pass)
@@ -142,3 +146,21 @@ class TextToImage(MMDLMPipeline):
             both = within(both, predict, interval, editable=canvas.editable,
                           mask_id=self.processor.vocabulary.mask_id)
         return canvas, both, [predict, unconditional]
+
+    def _changed(self, source: Picture | Sequence[Picture] | None, prompts: int) -> list[Tensor | None]:
+        """The codes [h, w] of the picture that each prompt changes."""
+        if source is None:
+            return [None] * prompts
+        pixels = self.processor.pixels(source).to(self._execution_device, self.visual_tokenizer.dtype)
+        codes = self.visual_tokenizer.encode(pixels).cpu()
+        if len(codes) not in (1, prompts):
+            raise InputError(f"Got {len(codes)} pictures to change for {prompts} prompts, expected 1 or one for each.")
+        return list(codes.expand(prompts, -1, -1))
+
+    def _row(self, prompt: str, changed: Tensor | None) -> Canvas:
+        """The draw layout [L] of a prompt, or the edit layout of a prompt and the codes [h, w] of what it changes."""
+        if changed is None:
+            return layouts.draw_canvas(prompt, self.grid, self.processor, self.family)
+        layouts.check_own(self.family, self.processor.vocabulary, "editing")
+        ids = self.processor.text_ids(prompt)
+        return sequence.edit_canvas(changed, ids, None, self.grid, self.processor.vocabulary)

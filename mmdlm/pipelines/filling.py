@@ -33,7 +33,7 @@ from mmdlm.sampling.denoise import Predictor
 from mmdlm.sampling.draws import row_generators
 from mmdlm.sampling.formats import Automaton, Formats, Span
 from mmdlm.sampling.mixtures import by_modality, draw_by_modality
-from mmdlm.sampling.policies import draw_from_config, policy_from_config
+from mmdlm.sampling.policies import SHADOWED, draw_from_config, policy_from_config
 from mmdlm.sampling.predictors import full, guided, other_canvas, restricted
 from mmdlm.sampling.replay import Recording
 from mmdlm.sequence import IMAGE, Canvas
@@ -240,11 +240,17 @@ class Fill(MMDLMPipeline):
             inside[index, length - len(row.words) :] = (row.free & ~row.open).to(inside.device)
         seen: dict[str, Any] = {"attention_mask": mask, "position_ids": canvas.positions, "grid": canvas.grid}
         settings, policy, draw = describing, None, None
+        predict: Predictor
         if drawing is None:
             first_id = vocabulary.text_columns[0]
-            predict: Predictor = full(self.model, columns=vocabulary.text_columns, **seen)
+            predict = self._predictor(canvas, mask, vocabulary.text_columns, {"policy": describing["policy"]})
         else:
             first_id, settings = 0, {**drawing, "block_length": None}
+            if drawing["policy"].get("name") in SHADOWED:
+                raise InputError(
+                    f"The policy {drawing['policy']['name']} is not for words and picture together: take another, or "
+                    "leave together out."
+                )
             predict = restricted(full(self.model, **seen), canvas.modality,
                                  [vocabulary.text_columns, vocabulary.image_columns])
             policy = by_modality(canvas.modality, canvas.editable, text=policy_from_config(describing["policy"]),
@@ -302,9 +308,9 @@ class Fill(MMDLMPipeline):
         """The rows with their open codes drawn from their words, in the draw layout, with guidance."""
         vocabulary = self.processor.vocabulary
         prompts = [self._said(row) for row in rows]
-        canvas, predict = self._drawn(rows, prompts)
+        canvas, predict = self._drawn(rows, prompts, settings)
         if settings["guidance_scale"] != 1 and any(prompts):
-            empty, unconditional = self._drawn(rows, [[]] * len(rows))
+            empty, unconditional = self._drawn(rows, [[]] * len(rows), settings)
             other = other_canvas(empty.ids, _image_places(canvas), _image_places(empty))
             predict = guided(predict, unconditional, settings["guidance_scale"], other=other)
         first_id = vocabulary.image_columns[0]
@@ -322,7 +328,9 @@ class Fill(MMDLMPipeline):
         return [row._replace(codes=codes[index].view(self.grid), confidence=sure[index].view(self.grid))
                 for index, row in enumerate(rows)]
 
-    def _drawn(self, rows: Sequence[PartialRow], prompts: Sequence[list[int]]) -> tuple[Canvas, Predictor]:
+    def _drawn(
+        self, rows: Sequence[PartialRow], prompts: Sequence[list[int]], settings: Mapping[str, Any]
+    ) -> tuple[Canvas, Predictor]:
         """The draw layout [B, L] with masks at the open codes, and its predictor."""
         vocabulary = self.processor.vocabulary
         canvases = []
@@ -332,8 +340,7 @@ class Fill(MMDLMPipeline):
             editable[canvas.modality == IMAGE] = row.opened.flatten()
             canvases.append(hidden(canvas._replace(editable=editable), row.opened, vocabulary.mask_id))
         canvas, mask = self._batch(canvases, "text")
-        return canvas, full(self.model, attention_mask=mask, position_ids=canvas.positions, grid=canvas.grid,
-                            columns=vocabulary.image_columns)
+        return canvas, self._predictor(canvas, mask, vocabulary.image_columns, {"policy": settings["policy"]})
 
     def _said(self, row: PartialRow) -> list[int]:
         """A row's words up to their end."""

@@ -39,9 +39,10 @@ from mmdlm.sampling.caches import cached_from_config
 from mmdlm.sampling.denoise import Policy, Predictor, State, denoise
 from mmdlm.sampling.draws import Draw
 from mmdlm.sampling.formats import Automaton, automaton_of_pattern, token_bytes
-from mmdlm.sampling.policies import ADAPTIVE, REVISING, draw_from_config, policy_from_config
+from mmdlm.sampling.policies import ADAPTIVE, REVISING, SHADOWED, draw_from_config, policy_from_config
 from mmdlm.sampling.predictors import full
 from mmdlm.sampling.replay import Recording
+from mmdlm.sampling.shadows import shadowed
 from mmdlm.sequence import Canvas
 
 Generators = torch.Generator | list[torch.Generator]
@@ -233,13 +234,36 @@ class MMDLMPipeline(DiffusionPipeline):
 
     def _predictor(self, canvas: Canvas, mask: Tensor | None, columns: tuple[int, int],
                    settings: Mapping[str, Any] | None = None) -> Predictor:
-        """The model's logits of `columns` over a canvas [B, L], through the cache that the settings name, if any."""
+        """The model's logits of `columns` over a canvas [B, L], through the cache that the settings name, if any.
+
+        Where their rule asks about written tokens these are hidden from their own places. Raises InputError where that
+        cannot be.
+        """
         inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": canvas.positions, "grid": canvas.grid}
         inputs["columns"] = columns
-        cache = (settings or {}).get("cache")
+        cache, rule = (settings or {}).get("cache"), (settings or {}).get("policy", {}).get("name")
+        if rule in SHADOWED:
+            self._check_shadows(rule, columns, cache)
+            return shadowed(self.model, mask_id=self.processor.vocabulary.mask_id, editable=canvas.editable, **inputs)
         if settings is None or not cache:
             return full(self.model, **inputs)
         return cached_from_config(cache, self.model, steps=settings["num_inference_steps"], **inputs)
+
+    def _check_shadows(self, rule: str, columns: tuple[int, int], cache: Mapping[str, Any] | None) -> None:
+        """InputError where what is written cannot be asked about without being shown."""
+        config = self.model.config
+        folded = config.image_fold > 1 and columns == self.processor.vocabulary.image_columns
+        for what, why in (
+            (folded, "folds image tokens, of which several share a place"),
+            (config.prediction_offset, "predicts a token from the place before it"),
+        ):
+            if what:
+                raise InputError(
+                    f"The policy {rule} asks about written tokens without showing them, and this model {why}: take "
+                    "another policy, maskgit for instance."
+                )
+        if cache:
+            raise InputError(f"The policy {rule} takes no cache, expected one of both: leave the cache out.")
 
     def _automaton(self, pattern: str, *, ends: bool) -> Automaton:
         """The automaton of a regular expression over this model's words; `ends`: the text may stop before its room."""

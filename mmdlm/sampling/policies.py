@@ -197,16 +197,18 @@ def remdm(
 # ---------------------------------------------------------------- what is written may change
 
 
-def with_edits(policy: Policy | Mapping[str, Any], *, tau: float = 0.9) -> Policy:
+def with_edits(policy: Policy | Mapping[str, Any] | str, *, tau: float = 0.9) -> Policy:
     """`policy`, and every written place whose draw differs from what stands there and is at least `tau` sure is
     rewritten. Needs denoise(..., revise=True); a block ends when nothing is masked and nothing was rewritten.
 
     LLaDA2.1's token-to-token edits, arXiv:2602.08676 (there the draw is greedy and `policy` is threshold, with a
     `tau` of its own); Seed Diffusion's edit stage trains for it, arXiv:2508.02193. `policy` may be a mapping, as in
-    `policy_from_config`. A model that was trained on masks alone has never learned what to say where a token stands:
-    wrap its predictor in `mmdlm.sampling.shadows.shadowed`, or do not edit.
+    `policy_from_config`, or a name. A model that was trained on masks alone has never learned what to say where a token
+    stands: wrap its predictor in `mmdlm.sampling.shadows.shadowed`, or do not edit.
     """
+    policy = {"name": policy} if isinstance(policy, str) else policy
     inner = policy_from_config(policy) if isinstance(policy, Mapping) else policy
+    _check("policy", policy, callable(inner), "a rule such as {name: threshold}")
     _check("tau", tau, 0 < tau <= 1, "a confidence in (0, 1]")
 
     def policy_with_edits(view: View) -> Decision:
@@ -244,6 +246,8 @@ def revoke(*, draft: float = 0.6, verify: float = 0.9) -> Policy:
 
 # Rules that look at written places too, and rules that find the number of passes themselves.
 REVISING, ADAPTIVE = ("remdm", "with_edits", "revoke"), ("threshold", "factor", "entropy_bound", "revoke")
+# Rules that ask what the model says of a written token, which it must not see: `mmdlm.sampling.shadows.shadowed`.
+SHADOWED = ("with_edits", "revoke")
 
 
 def policy_from_config(config: Mapping[str, Any]) -> Policy:
@@ -260,6 +264,8 @@ def draw_from_config(config: Mapping[str, Any]) -> Draw:
 def _call(kind: str, functions: Mapping[str, Callable[..., Any]], config: Mapping[str, Any]) -> Any:
     settings = dict(config)
     name = settings.pop("name", None)
+    if name is None:
+        raise InputError(f"the {kind} {settings} has no name, expected one of {', '.join(functions)}: add its name")
     if name not in functions:
         raise InputError(_unknown(f"{kind} name", name, list(functions)))
     known = list(inspect.signature(functions[name]).parameters)

@@ -128,9 +128,12 @@ def restricted(
     """Each place may only become an id of its own kind: the rest of its columns are -inf.
 
     `kind` [B, L] indexes `ranges`, [start, stop) of ids each (a canvas's modality and the vocabulary's text and image
-    columns). For batches and canvases that mix modalities; where all asked places are of one, `full(columns=...)` does
-    less work. `first_id`: the id of `predict`'s first column. ValueError where a place would be left with no column.
+    columns). For batches and canvases that mix modalities. The head of a `Headed` runs at every place for the ids of
+    its own kind only; of any other predictor the rest is shut afterwards, which is the slow twin. `first_id`: the id of
+    `predict`'s first column. ValueError for a range that a head has no column of.
     """
+    if isinstance(predict, Headed):
+        return _head_by_kind(predict, kind, ranges)
     bounds = torch.tensor(list(ranges), device=kind.device)[kind]  # [B, L, 2]
 
     def predict_restricted(ids: Tensor, where: Tensor) -> Tensor:
@@ -140,6 +143,26 @@ def restricted(
         return logits.masked_fill((column < start) | (column >= stop), -torch.inf)
 
     return predict_restricted
+
+
+def _head_by_kind(predict: Headed, kind: Tensor, ranges: Sequence[tuple[int, int]]) -> Predictor:
+    model: Any = predict.model
+    first, end = predict.columns or (0, model.vocabulary.table_rows)
+    own = [(max(start, first), min(stop, end)) for start, stop in ranges]
+    if any(start >= stop for start, stop in own):
+        raise ValueError(f"the head has the ids {first} to {end}, none of a range of {list(ranges)}: ask it for more")
+
+    def predict_by_kind(ids: Tensor, where: Tensor) -> Tensor:
+        hidden, kind_of = predict.hidden(ids, where), kind.gather(1, where)
+        with torch.no_grad():
+            for number, (start, stop) in enumerate(own):
+                rows, here = model.head_rows((start, stop)), kind_of == number
+                if number == 0:
+                    logits = torch.full((*where.shape, end - first), -torch.inf, dtype=rows.dtype, device=rows.device)
+                logits[..., start - first : stop - first][here] = hidden[here].to(rows) @ rows.T
+        return logits
+
+    return predict_by_kind
 
 
 def other_canvas(unconditional: Tensor, places_conditional: Tensor, places_unconditional: Tensor) -> Other:

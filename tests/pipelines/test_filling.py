@@ -167,9 +167,17 @@ def test_steps_are_seen_and_played_back(fill, tmp_path):
 
 
 def test_other_rules_than_the_presets(fill):
-    for policy in ({"name": "threshold", "tau": 0.5}, {"name": "remdm", "eta": 0.2}, {"name": "revoke"}):
+    for policy in ({"name": "threshold", "tau": 0.5}, {"name": "remdm", "eta": 0.2}):
         out = fill(PROMPT, noise(8), HALF, policy=policy, generator=seeded(0))
         assert torch.equal(out.codes[0][:, :2], codes_of(fill, noise(8))[:, :2])
+    # rules that ask about what is written, hidden from itself: words can be asked so, folded pictures not
+    for name in ("revoke", "with_edits"):
+        policy = {"name": name, **({"policy": {"name": "threshold"}} if name == "with_edits" else {})}
+        assert fill("a [MASK:3]", noise(8), draw=False, policy=policy).texts[0].startswith("a")
+        with pytest.raises(InputError, match=f"The policy {name} asks about written tokens .* folds image tokens"):
+            fill(PROMPT, noise(8), HALF, policy=policy)
+        with pytest.raises(InputError, match="not for words and picture together"):
+            fill("a [MASK:1]", noise(8), HALF, policy=policy, together=True)
 
 
 PICTURE = noise(0)

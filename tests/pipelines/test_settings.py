@@ -8,6 +8,8 @@ import torch
 from mmdlm.errors import InputError
 from mmdlm.pipelines import ImageToText, TextToImage
 from mmdlm.sampling.guidance_interval import within
+from mmdlm.sampling.predictors import full
+from mmdlm.sampling.shadows import shadowed
 
 PROMPT = "a red apple"
 
@@ -92,7 +94,29 @@ def test_caches_report_and_in_their_exact_setting_change_nothing(drawing, descri
     assert fast.forwards < 24 and fast.tokens_per_forward == 24 / fast.forwards and fast.cache is None
 
 
+def test_revoke_asks_about_written_words_without_showing_them(drawing, describing):
+    canvas, _ = describing.prepare([draw(drawing).images[0]], None, 24)
+    words = drawing.processor.vocabulary
+    policy, settings = {"name": "revoke"}, {**describing.presets["describe"], "policy": {"name": "revoke"}}
+    predict = describing._predictor(canvas, None, words.text_columns, settings)
+    by_hand = shadowed(describing.model, mask_id=words.mask_id, editable=canvas.editable, position_ids=canvas.positions,
+                       grid=canvas.grid, columns=words.text_columns)
+    ids = canvas.ids.masked_fill(canvas.editable, words.mask_id)
+    where = canvas.editable.nonzero()[None, :, 1]
+    ids[0, where[0, 0]] = 50  # one word is written
+    shown = full(describing.model, position_ids=canvas.positions, grid=canvas.grid, columns=words.text_columns)
+    assert torch.equal(predict(ids, where), by_hand(ids, where))
+    torch.testing.assert_close(predict(ids, where)[:, 1:], shown(ids, where)[:, 1:], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(predict(ids, where)[:, 0], shown(ids, where)[:, 0], atol=0.1)
+    picture = draw(drawing).images[0]
+    assert describing(picture, policy=policy).texts[0]
+    with pytest.raises(InputError, match="takes no cache"):
+        describing(picture, policy=policy, cache={"name": "dual_cache"})
+
+
 @pytest.mark.parametrize(("settings", "words"), [
+    ({"policy": {"name": "revoke"}}, "folds image tokens"),
+    ({"policy": {"name": "with_edits", "policy": {"name": "maskgit"}}}, "folds image tokens"),
     ({"guidance_interval": (0.5, 0.5)}, "LOW < HIGH"),
     ({"cache": {"name": "magic"}}, "expected one of prefix_cache"),
     ({"cache": {"name": "image_cache", "steps": 3}}, "image_cache has no setting 'steps'"),

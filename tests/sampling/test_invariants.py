@@ -1,5 +1,6 @@
 """For every policy with every predictor: a row alone is the row in any batch behind any padding, what is given stays,
-no mask remains, and the same seed gives the same tokens."""
+no mask remains, and the same seed gives the same tokens; and a cache in its exact setting is no cache. On random
+weights and on the shipped model."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from mmdlm import attention, sequence
+from mmdlm.assets import shipped_model
 from mmdlm.models.mask_predictor import MaskPredictor
+from mmdlm.sampling.caches import cached_from_config
 from mmdlm.sampling.denoise import denoise
 from mmdlm.sampling.draws import categorical, greedy
 from mmdlm.sampling.policies import REVISING, policy_from_config
@@ -31,13 +34,17 @@ POLICIES = [
     {"name": "revoke", "draft": 0.01, "verify": 0.02},
 ]
 ANSWERS, STEPS = (5, 9, 7), 6
+EXACT = {"prefix_cache": {"refresh_interval": 1}, "dual_cache": {"refresh_interval": 1},
+         "image_cache": {"refresh_interval": 1}}
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> MaskPredictor:
-    loaded = MaskPredictor.from_pretrained(tiny_model / "model").eval()
-    with torch.no_grad():
-        loaded.head.weight.mul_(30)  # a fresh model is sure of nothing; here some places are
+@pytest.fixture(scope="module", params=["random", "shipped"])
+def model(tiny_model: Path, request: pytest.FixtureRequest) -> MaskPredictor:
+    directory = tiny_model if request.param == "random" else shipped_model()
+    loaded = MaskPredictor.from_pretrained(directory / "model", dtype=torch.float32).eval()
+    if request.param == "random":
+        with torch.no_grad():
+            loaded.head.weight.mul_(30)  # a fresh model is sure of nothing; here some places are
     return loaded
 
 
@@ -59,6 +66,9 @@ def predictor(model: MaskPredictor, kind: str, canvas: sequence.Canvas, valid: t
         plain = full(model, columns=words.text_columns, **seen)
         hidden = valid & ~canvas.editable & (canvas.modality == sequence.TEXT)
         return guided(plain, plain, 1.5, other=masked_prompt(hidden, words.mask_id))
+    if kind in EXACT:
+        config = {"name": kind, **EXACT[kind]}
+        return cached_from_config(config, model, steps=STEPS, columns=words.text_columns, **seen)
     return shadowed(model, mask_id=words.mask_id, editable=canvas.editable, columns=words.text_columns, **seen)
 
 
@@ -72,6 +82,13 @@ def answers(model, kind, config, chosen, side, draw):
     assert torch.equal(last.x[~canvas.editable], canvas.ids[~canvas.editable])
     assert not bool((last.x == model.vocabulary.mask_id).any())
     return [last.x[row][canvas.editable[row]].tolist() for row in range(len(chosen))]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("config", POLICIES, ids=lambda config: "-".join(str(value) for value in config.values())[:40])
+def test_a_cache_in_its_exact_setting_is_no_cache(model, config, kind):
+    assert answers(model, kind, config, (0, 1, 2), "left", greedy) == answers(
+        model, "full", config, (0, 1, 2), "left", greedy)
 
 
 @pytest.mark.parametrize("kind", ["full", "restricted", "guided", "shadowed"])

@@ -286,7 +286,7 @@ def test_policy_and_draw_from_config():
     ("build", "message"),
     [
         (lambda: policies.policy_from_config({"name": "treshold"}), "did you mean threshold"),
-        (lambda: policies.policy_from_config({"tau": 0.5}), "policy name: None"),
+        (lambda: policies.policy_from_config({"tau": 0.5}), "has no name, expected one of maskgit"),
         (lambda: policies.policy_from_config({"name": "threshold", "tao": 0.5}), "did you mean tau"),
         (lambda: policies.policy_from_config({"name": "threshold", "tau": 1.5}), "tau is 1.5"),
         (lambda: policies.policy_from_config({"name": "threshold", "tau": "high"}), "cannot be made of"),

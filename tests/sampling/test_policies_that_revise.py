@@ -227,3 +227,14 @@ def test_one_rule_for_each_row():
             next(denoise(places, x, editable=x == MASK, mask_id=MASK, steps=2, **settings))
     with pytest.raises(ValueError, match="by_modality got modality"):
         by_modality(torch.zeros(1, 3), x == MASK, text=policies.top_k(), image=policies.top_k())
+
+
+def test_the_rule_that_edits_go_with_may_be_a_name():
+    named, spelled = (policies.policy_from_config({"name": "with_edits", "policy": rule})
+                      for rule in ("threshold", {"name": "threshold"}))
+    x = torch.full((4, 2), MASK)
+    assert torch.equal(run(named, x, steps=3)[-1].x, run(spelled, x, steps=3)[-1].x)
+    with pytest.raises(InputError, match="policy is 3, expected a rule"):
+        policies.with_edits(3)
+    with pytest.raises(InputError, match=r"the policy \{'tau': 0.9\} has no name, expected one of maskgit"):
+        policies.policy_from_config({"tau": 0.9})

@@ -124,6 +124,10 @@ def test_restricted_shuts_the_other_modality_per_place(model):
     logits = restricted(plain, kind, ranges)(ids, where)
     assert (logits[0, 0, 24:] == -torch.inf).all() and (logits[0, 1, :24] == -torch.inf).all()
     torch.testing.assert_close(logits[0, 0, :24], plain(ids, where)[0, 0, :24])
+    # a head that runs for each kind's own ids, and its slow twin, which shuts the others behind the whole head
+    torch.testing.assert_close(logits, restricted(lambda *asked: plain(*asked), kind, ranges)(ids, where))
+    with pytest.raises(ValueError, match="none of a range"):
+        restricted(full(model, grid=grid, columns=(24, 32)), kind, ranges)
     shifted = restricted(full(model, grid=grid, columns=(20, 32)), kind, ranges, first_id=20)(ids, where)
     assert torch.isfinite(shifted[0, 0]).sum() == 4 and torch.isfinite(shifted[0, 1]).sum() == 8
     twice = restricted(guided(plain, plain, 2.0, other=masked_prompt(kind < 0, MASK)), kind, ranges)
