@@ -111,7 +111,7 @@ def _answers(benchmark: Benchmark, path: Path, asked: Sequence[Question]) -> dic
     if benchmark == "pope":
         return yes_no.read_pope_answers(path, asked)
     if benchmark == "mme":
-        return yes_no.read_mme_answers(path)
+        return yes_no.read_mme_answers(path, asked)
     keys = ("question_id", "answer") if benchmark == "vqav2" else ("questionId", "prediction")
     return open_ended.read_answers(path, *keys)
 

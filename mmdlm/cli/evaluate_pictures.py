@@ -26,9 +26,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FeaturesOption = Annotated[
-    str, typer.Option("--features", help="inception (FID; needs --weights), random, or a timm model's directory.")
+    str, typer.Option("--features", help="inception (FID), random, or a timm model's directory.")
 ]
-WeightsOption = Annotated[Path | None, typer.Option("--weights", help="The weights of FID's Inception network.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", help="The weights of FID's Inception network; those in torch's cache.")
+]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Fetch weights that are not there from where they are published.")
+]
 DRAWN = "pictures"
 
 
@@ -42,7 +47,10 @@ def images(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="A prompt a line, or metadata.jsonl: to draw, and for CLIPScore.")
     ] = None,
-    clip: Annotated[Path | None, typer.Option("--clip", help="Directory of a CLIP of transformers: CLIPScore.")] = None,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="CLIPScore by a CLIP of transformers: its directory or Hub name.")
+    ] = None,
+    download: DownloadOption = False,
     allow_few: Annotated[
         bool, typer.Option("--allow-few", help="Fewer pictures than features, and so hardly a number.")
     ] = False,
@@ -60,8 +68,10 @@ def images(
     With other features than Inception's the distance is called feature distance, and is no FID. A model directory as
     GENERATED draws every prompt once, into the output, and goes on where it was stopped.
     """
+    from mmdlm.evaluation.clip_score import clip_score, load_clip
     from mmdlm.evaluation.features import default_cache, extractor, folder_features, picture_files
-    from mmdlm.evaluation.generation import compare_sets
+    from mmdlm.evaluation.fetched_weights import clip_directory
+    from mmdlm.evaluation.generation import check_enough, compare_sets
     from mmdlm.evaluation.processes import share
     from mmdlm.evaluation.runs import check_new
     from mmdlm.evaluation.vqa import Scores
@@ -76,41 +86,61 @@ def images(
         raise InputError(f"--adapter goes with a model as GENERATED, {generated} is none: leave it out.")
     if clip is not None and prompts is None:
         raise InputError("CLIPScore compares pictures with their prompts: give a file with --prompts.")
+    if prompts is not None and clip is None and not is_model:
+        raise InputError(f"--prompts is for CLIPScore or a model that draws, {generated} is none: give --clip too.")
     chosen = usable_device(device)
-    by = extractor(features, weights=weights, device=chosen)
-    picture_files(reference)
     wanted = read_prompts(prompts) if prompts is not None else []
+    files = [] if is_model else [path.relative_to(generated).as_posix() for path in picture_files(generated)]
+    counts = len(wanted) if is_model else len(files), len(picture_files(reference))
+    if clip is not None and prompts is not None and not is_model:
+        _prompts_of(files, wanted, prompts, drawn=False)
+    by, of_clip, warned = None, None, list[warnings.WarningMessage]()
+    if share().is_main:  # the others draw only
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            by = extractor(features, weights=weights, device=chosen, download=download, progress=not quiet)
+        of_clip = None if clip is None else clip_directory(clip, download=download)
+        if not allow_few:
+            check_enough(*counts, by)  # before minutes of drawing and looking
     check_new(output)
     facts, folder = None, generated
     if is_model:
         folder = output / DRAWN
         drawn = _draw(generated, wanted, folder, steps=steps, seed=seed, adapter=adapter, device=device, quiet=quiet)
-        if drawn is None:
+        if drawn is None or by is None:
             return  # the first of several processes measures
         facts = drawn
-    with warnings.catch_warnings(record=True) as warned:
+    assert by is not None
+    with warnings.catch_warnings(record=True) as also:
         warnings.simplefilter("always")
         # Generated pictures change with every run: only the reference is worth keeping.
         ours = folder_features(folder, by, batch_size=batch_size, progress=not quiet)
         kept = cache if cache is not None else default_cache()
         theirs = folder_features(reference, by, batch_size=batch_size, cache=kept, progress=not quiet)
         found = compare_sets(ours, theirs, by, allow_few=allow_few, resamples=resamples, seed=seed)
-    notes = list(dict.fromkeys(str(one.message) for one in warned if one.category is UserWarning))
-    for note in notes:
-        typer.echo(f"mmdlm: {note}", err=True)
+    notes = _told([*warned, *also])
     rows: list[dict[str, Any]] = []
-    if clip is not None:
-        fit = _clip_scores(clip, folder, ours.files, wanted, chosen)
+    if of_clip is not None and prompts is not None:
+        words = _prompts_of(ours.files, wanted, prompts, drawn=is_model)
+        fit = clip_score(load_clip(of_clip, chosen), [folder / file for file in ours.files], words, ours.files)
         found, rows = found | fit.summary, fit.rows
     finish(ctx, output, "images", Scores(found | {"warnings": notes}, rows), started, facts)
 
 
+def _told(warned: list[warnings.WarningMessage]) -> list[str]:
+    """What the library warned of, each once, and told to who waits."""
+    notes = list(dict.fromkeys(str(one.message) for one in warned if one.category is UserWarning))
+    for note in notes:
+        typer.echo(f"mmdlm: {note}", err=True)
+    return notes
+
+
 def read_prompts(path: Path) -> list[tuple[str | None, str]]:
     """(file name or None, prompt) from lines of text, or from JSON lines {"file_name", "text"}; never empty."""
-    from mmdlm.evaluation.result_files import field, read_jsonl, read_text
+    from mmdlm.evaluation.result_files import read_jsonl, read_text, text_field
 
     if path.suffix == ".jsonl":
-        found = [(row.get("file_name"), str(field(row, "text", path)).strip()) for row in read_jsonl(path)]
+        found = [(row.get("file_name"), text_field(row, "text", path).strip()) for row in read_jsonl(path)]
     else:
         lines = read_text(path).splitlines()
         found = [(None, line.strip()) for line in lines if line.strip()]
@@ -182,23 +212,20 @@ def _check_own(path: Path, model: str, steps: int | None, seed: int) -> None:
         raise InputError(f"{path} was drawn by another run: delete its folder, or choose another output.")
 
 
-def _clip_scores(
-    clip: Path, folder: Path, files: list[str], prompts: list[tuple[str | None, str]], device: str
-) -> Any:
-    from mmdlm.evaluation.clip_score import clip_score, load_clip
-    from mmdlm.processing import load_image
+def _prompts_of(files: list[str], prompts: list[tuple[str | None, str]], source: Path, *, drawn: bool) -> list[str]:
+    """Each picture's own prompt: by its name where the prompts have names, of drawn ones always in their order."""
+    from mmdlm.evaluation.result_files import unique
 
-    named = {name: prompt for name, prompt in prompts if name is not None}
-    if named and folder.name != DRAWN:
-        missing = [file for file in files if file not in named]
+    named = [] if drawn else [(name, prompt) for name, prompt in prompts if name is not None]
+    if named:
+        table = unique(named, source, "picture")
+        missing = [file for file in files if file not in table]
         if missing:
-            raise InputError(f"{len(missing)} pictures have no prompt, {missing[0]} for one: name them in --prompts.")
-        words = [named[file] for file in files]
-    elif len(files) == len(prompts):
-        words = [prompt for _, prompt in prompts]
-    else:
+            raise InputError(f"{len(missing)} pictures have no prompt, {missing[0]} for one: name them in {source}.")
+        return [table[file] for file in files]
+    if len(files) != len(prompts):
         raise InputError(f"There are {len(prompts)} prompts for {len(files)} pictures, expected one for each in order.")
-    return clip_score(load_clip(clip, device), [load_image(folder / file) for file in files], words, files)
+    return [prompt for _, prompt in prompts]
 
 
 def tokenizer(
@@ -206,10 +233,14 @@ def tokenizer(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of pictures.")],
     output: OutOption,
     features: Annotated[
-        str | None, typer.Option("--features", help="Also rFID: inception (needs --weights), random, or a timm model.")
+        str | None, typer.Option("--features", help="Also rFID: inception, random, or a timm model's directory.")
     ] = None,
     weights: WeightsOption = None,
-    lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's AlexNet weights: also LPIPS.")] = None,
+    lpips: Annotated[
+        str | None,
+        typer.Option("--lpips", help="Also LPIPS: torchvision's AlexNet weights, or alexnet: those in torch's cache."),
+    ] = None,
+    download: DownloadOption = False,
     codecs: Annotated[bool, typer.Option("--codecs/--no-codecs", help="JPEG and WebP at the same bits.")] = True,
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="Only the first pictures.")] = None,
     batch_size: BatchOption = 16,
@@ -233,9 +264,14 @@ def tokenizer(
     chosen = usable_device(device)
     if weights is not None and features is None:
         features = "inception"
-    by = None if features is None else extractor(features, weights=weights, device=chosen)
-    network = None if lpips is None else lpips_network(lpips, chosen)
+    fetching: dict[str, Any] = {"device": chosen, "download": download, "progress": not quiet}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        by = None if features is None else extractor(features, weights=weights, **fetching)
+    given = None if lpips is None or (lpips == "alexnet" and not Path(lpips).exists()) else Path(lpips)
+    network = None if lpips is None else lpips_network(given, **fetching)
     check_new(output)
+    notes = _told(warned)
     pipe = load_pipeline("TextToImage", model, device, quiet)
 
     def batches() -> Iterator[tuple[list[str], Tensor]]:
@@ -249,4 +285,5 @@ def tokenizer(
                 bar.update(len(part))
 
     scores = measure_tokenizer(pipe.visual_tokenizer, batches(), codecs=codecs, by=by, lpips=network)
+    scores = scores._replace(summary=scores.summary | ({"warnings": notes} if notes else {}))
     finish(ctx, output, "tokenizer", scores, started, model_facts(pipe, model))

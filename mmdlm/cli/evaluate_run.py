@@ -139,10 +139,13 @@ def answers(
     import torch
 
     questions = [question for _, _, question in cases]
-    texts = pipe(
-        [picture for _, picture, _ in cases],
-        None if None in questions else questions,
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
-    ).texts
+    try:
+        texts = pipe(
+            [picture for _, picture, _ in cases],
+            None if None in questions else questions,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
+        ).texts
+    except InputError as error:
+        raise InputError(f"Among the cases {cases[0][0]!r} to {cases[-1][0]!r}: {error}") from error
     return [" ".join(text.split()) for text in texts]

@@ -91,7 +91,12 @@ def main(arguments: Sequence[str]) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["mmdlm eval harness", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise InputError(f"lm_eval: {error}: mmdlm eval harness ls tasks lists what there is.") from error
 
 
 def _asked(context: str, rest: Sequence[Any]) -> Request:

@@ -19,7 +19,16 @@ import numpy as np
 
 from mmdlm.errors import InputError
 from mmdlm.evaluation.penn_words import tokenised
-from mmdlm.evaluation.result_files import answers_for, field, read_json, read_text, unique, write_json
+from mmdlm.evaluation.result_files import (
+    answers_for,
+    field,
+    id_field,
+    read_json,
+    read_text,
+    text_field,
+    unique,
+    write_json,
+)
 from mmdlm.evaluation.vqa import Scores
 
 
@@ -34,13 +43,13 @@ class Captioned(NamedTuple):
 def read_coco_captions(path: Path) -> list[Captioned]:
     """COCO's annotations file: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     content = read_json(path)
-    names = unique(((field(row, "id", path), row) for row in field(content, "images", path)), path, "image id")
+    names = unique(((id_field(row, "id", path), row) for row in field(content, "images", path)), path, "image id")
     said: dict[Any, list[str]] = {key: [] for key in names}
     for row in field(content, "annotations", path):
-        key = field(row, "image_id", path)
+        key = id_field(row, "image_id", path)
         if key not in said:
             raise InputError(f"{path} has a caption of picture {key!r}, which is not among its images: mend the file.")
-        said[key].append(str(field(row, "caption", path)))
+        said[key].append(text_field(row, "caption", path))
     pictures = {key: (str(row.get("file_name", key)), str(key)) for key, row in names.items()}
     return _all_captioned([Captioned(key, pictures[key], tuple(said[key])) for key in names], path)
 
@@ -56,8 +65,8 @@ def read_flickr30k(path: Path, split: str | None = None) -> list[Captioned]:
             raise InputError(f"{path} has no pictures of the split {split!r}, expected train, val or test.")
         found = []
         for row in rows:
-            name = str(field(row, "filename", path))
-            captions = tuple(str(field(one, "raw", path)) for one in field(row, "sentences", path))
+            name = text_field(row, "filename", path)
+            captions = tuple(text_field(one, "raw", path) for one in field(row, "sentences", path))
             found.append(Captioned(name, (name,), captions))
         unique(((one.id, None) for one in found), path, "picture")
         return _all_captioned(found, path)
@@ -80,7 +89,8 @@ def read_captions(path: Path) -> dict[Any, str]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path} holds a {type(rows).__name__}, expected a list of image_id and caption.")
-    return unique(((field(row, "image_id", path), str(field(row, "caption", path))) for row in rows), path, "picture")
+    said = ((id_field(row, "image_id", path), text_field(row, "caption", path)) for row in rows)
+    return unique(said, path, "picture")
 
 
 def write_captions(path: Path, captions: Mapping[Any, str]) -> None:
@@ -106,6 +116,8 @@ def score_captions(
         raise InputError("There is no picture to score captions of, expected at least one: check the file.")
     said = answers_for([one.id for one in references], captions, source)
     gold = {number: tokenised(one.captions) for number, one in enumerate(references)}
+    if wordless := [references[number].id for number, words in gold.items() if not any(words)]:
+        raise InputError(f"The captions of picture {wordless[0]!r} have no words to compare with: mend the references.")
     ours = {number: [words] for number, words in enumerate(tokenised(said))}
     rows: list[dict[str, Any]] = [
         {"id": one.id, "answer": caption} for one, caption in zip(references, said, strict=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mmdlm.errors import InputError
 from mmdlm.evaluation.vqa import Scores
+from mmdlm.processing import Picture, load_image
 
 WEIGHT = 2.5  # of the paper's equation 1
 
@@ -18,7 +18,8 @@ WEIGHT = 2.5  # of the paper's equation 1
 def load_clip(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
     """(model, processor) of a CLIP in transformers' format. Raises InputError where `directory` is none.
 
-    Nothing is fetched: the directory is one with config.json, model.safetensors, the tokenizer and the preprocessor.
+    The directory is one with config.json, model.safetensors, the tokenizer and the preprocessor: see
+    `mmdlm.evaluation.fetched_weights.clip_directory` for one of the Hub. Nothing is fetched here.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -42,13 +43,13 @@ def load_clip(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
 @torch.no_grad()
 def clip_score(
     clip: tuple[Any, Any],
-    pictures: Sequence[Image.Image],
+    pictures: Sequence[Picture],
     prompts: Sequence[str],
     names: Sequence[Any],
     *,
     batch_size: int = 32,
 ) -> Scores:
-    """CLIPScore of each picture with its own prompt, 2.5 * max(cos, 0); `mean_cosine` is without either.
+    """CLIPScore of each picture (or its file) with its own prompt, 2.5 * max(cos, 0); `mean_cosine` is without either.
 
     Prompts longer than CLIP's context are cut, as everybody does, and counted as `cut_prompts`. Raises InputError
     unless there are as many prompts and names as pictures, at least one.
@@ -63,7 +64,7 @@ def clip_score(
         words = processor.tokenizer(list(prompts[part]))["input_ids"]
         cut += sum(len(ids) > longest for ids in words)
         inputs = processor(
-            images=list(pictures[part]),
+            images=[load_image(picture) for picture in pictures[part]],
             text=list(prompts[part]),
             return_tensors="pt",
             padding=True,

@@ -1,9 +1,10 @@
 """Pictures of a folder as feature vectors: what FID and its kin are computed from.
 
-Three extractors. `inception`: FID's own network, torch-fidelity's port of it, from a weights file; only its distance
-may be called FID. `random`: a small network of fixed random weights, for quick looks without any download. A directory:
-a timm model (config.json and model.safetensors, as timm saves and the Hub serves it). The distance of the last two is
-a feature distance: comparable with itself only.
+Three extractors. `inception`: FID's own network, torch-fidelity's port of it, from a weights file or from where
+torch-fidelity itself would keep it (`mmdlm.evaluation.fetched_weights`); only its distance may be called FID. `random`:
+a small network of fixed random weights, for quick looks without any download. A directory: a timm model (config.json
+and model.safetensors, as timm saves and the Hub serves it). The distance of the last two is a feature distance:
+comparable with itself only.
 
 Shape letters: N pictures, D features, K classes.
 """
@@ -28,10 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmdlm.errors import InputError
+from mmdlm.evaluation.fetched_weights import file_hash, file_name, published_hash, tensors_of, torch_file
 from mmdlm.processing import load_image
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 RANDOM_WIDTH, RANDOM_SIDE = 128, 64
 
 
@@ -54,23 +55,35 @@ class Features(NamedTuple):
     content: str  # hash of all the files' bytes
 
 
-def extractor(features: str, *, weights: Path | None = None, device: str = "cpu") -> Extractor:
-    """"inception" with `weights`, "random", or the path of a timm model's directory.
+def extractor(
+    features: str,
+    *,
+    weights: Path | None = None,
+    device: str = "cpu",
+    download: bool = False,
+    progress: bool = False,
+) -> Extractor:
+    """"inception", "random", or the path of a timm model's directory.
 
-    Raises InputError for weights that are missing or another network's, and for a directory that is no timm model.
+    Inception's weights are the file `weights`, or the published one in torch's cache, or fetched to there where
+    `download`; of a file that is not the published one it warns. Raises InputError for weights that are missing,
+    cannot be fetched or are another network's, and for a directory that is no timm model.
     """
     if features == "inception":
-        return _inception(weights, device)
+        return _inception(weights, device, download, progress)
     if weights is not None:
         raise InputError(f"There are weights for the features {features!r}, only inception takes any: leave one out.")
     return _random(device) if features == "random" else _timm(Path(features), device)
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The folder's pictures, also in folders within it, sorted. Raises InputError where there are fewer than two."""
+    """The folder's pictures, also in folders within it, sorted. Raises InputError where there are fewer than two.
+
+    What is named like a picture and is none, such as a link to nothing, is among them: reading it says so.
+    """
     if not folder.is_dir():
         raise InputError(f"There is no folder of pictures at {folder}: check the path.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and not path.is_dir())
     if len(found) < 2:
         raise InputError(f"{folder} has {len(found)} pictures, expected a set: give the folder that holds them.")
     return found
@@ -98,7 +111,7 @@ def folder_features(
         found = _extract(files, names, by, batch_size, content, progress)
         if kept is not None:
             _keep(kept, found)
-    jpegs = sum(name.lower().endswith((".jpg", ".jpeg")) for name in names)
+    jpegs = sum(_is_jpeg(path) for path in files)
     if jpegs:
         warnings.warn(f"{jpegs} of {len(names)} pictures in {folder} are JPEG, which changes features.", stacklevel=2)
     if len(found.sizes) > 1:
@@ -151,9 +164,17 @@ def pixels(picture: Image.Image) -> Tensor:
 def _content_hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        try:
+            digest.update(bytes.fromhex(file_hash(path)))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): mend it, or take it out.") from error
     return digest.hexdigest()[:32]
+
+
+def _is_jpeg(path: Path) -> bool:
+    """By its first bytes: an ending says little."""
+    with path.open("rb") as opened:
+        return opened.read(3) == b"\xff\xd8\xff"
 
 
 def _keep(path: Path, found: Features) -> None:
@@ -169,37 +190,51 @@ def _keep(path: Path, found: Features) -> None:
 # ------------------------------------------------------------------------------------------------ the networks
 
 
-def _inception(weights: Path | None, device: str) -> Extractor:
-    if weights is None:
+def _inception(weights: Path | None, device: str, download: bool, progress: bool) -> Extractor:
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as published
+    except ImportError as error:
         raise InputError(
-            f"FID needs the weights of its Inception network, the file {INCEPTION_FILE} of torch-fidelity's releases: "
-            "give it with --weights PATH, or take --features random or --features PATH_TO_TIMM_MODEL."
+            'FID\'s Inception network is torch-fidelity\'s: pip install "mmdlm[eval]", or take --features random or '
+            "--features PATH_TO_TIMM_MODEL."
+        ) from error
+    url = published.URL_INCEPTION_V3
+    if weights is None:
+        weights = torch_file(
+            url,
+            needs="FID needs the weights of its Inception network",
+            otherwise="give it with --weights PATH, or take --features random or --features PATH_TO_TIMM_MODEL",
+            download=download,
+            progress=progress,
         )
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise InputError('FID\'s Inception network is torch-fidelity\'s: pip install "mmdlm[eval]".') from error
-    try:
         # torch-fidelity unpickles whatever the file says; what passes here holds tensors only.
-        if "Conv2d_1a_3x3.conv.weight" not in torch.load(weights, weights_only=True, map_location="cpu"):
+        if "Conv2d_1a_3x3.conv.weight" not in tensors_of(weights):
             raise ValueError("its first layer is missing")
-        network = FeatureExtractorInceptionV3(
+        network = published.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
         ).to(device)
     except OSError as error:
-        raise InputError(f"{weights} cannot be read ({error.strerror}): give the path of {INCEPTION_FILE}.") from error
+        raise InputError(f"{weights} cannot be read ({error.strerror}): give the path of {file_name(url)}.") from error
     except Exception as error:  # torch raises pickle's, zip's and its own errors on foreign files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".:")
         raise InputError(
-            f"{weights} does not hold the weights of FID's Inception network ({reason}): give {INCEPTION_FILE}."
+            f"{weights} does not hold the weights of FID's Inception network ({reason}): give {file_name(url)}."
         ) from error
+    digest = file_hash(weights)[:16]
+    if not digest.startswith(published_hash(url)):
+        warnings.warn(
+            f"{weights} is not the published {file_name(url)} (SHA-256 {digest}...): with other weights the FID can "
+            "not be held beside others'.",
+            stacklevel=2,
+        )
 
     @torch.no_grad()
     def extract(batch: Tensor) -> tuple[Tensor, Tensor | None]:
         features, logits = network(batch.to(device))
         return features, logits
 
-    return Extractor(f"inception-v3-compat {_file_hash(weights)}", 2048, True, extract)
+    return Extractor(f"inception-v3-compat {digest}", 2048, True, extract)
 
 
 def _random(device: str) -> Extractor:
@@ -235,8 +270,8 @@ def _timm(directory: Path, device: str) -> Extractor:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".:")
         raise InputError(
-            f"{directory} is no timm model that can be loaded ({reason}): give a directory with timm's config.json and "
-            "model.safetensors, or --features random."
+            f"{directory} is no timm model that can be loaded ({reason}): take --features inception, random, or a "
+            "directory with timm's config.json and model.safetensors."
         ) from error
     network.eval().requires_grad_(False).to(device)
     side = int(options.get("input_size", (3, 224, 224))[-1])
@@ -249,7 +284,7 @@ def _timm(directory: Path, device: str) -> Extractor:
     def extract(batch: Tensor) -> tuple[Tensor, Tensor | None]:
         return network((_resized(batch.to(device), side) / 255 - mean) / std), None
 
-    name = f"timm {config['architecture']} {_file_hash(directory / 'model.safetensors')}"
+    name = f"timm {config['architecture']} {file_hash(directory / 'model.safetensors')[:16]}"
     return Extractor(name, int(network.num_features), False, extract)  # type: ignore[arg-type]
 
 
@@ -259,7 +294,3 @@ def _resized(batch: Tensor, side: int) -> Tensor:
         return x
     return F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

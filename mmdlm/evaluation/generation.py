@@ -154,6 +154,16 @@ def bootstrap_error(generated: np.ndarray, reference: np.ndarray, *, resamples: 
     return float(np.std(values, ddof=1))
 
 
+def check_enough(generated: int, reference: int, by: Extractor) -> None:
+    """Raises InputError for fewer pictures than features."""
+    if min(generated, reference) <= by.width:
+        raise InputError(
+            f"There are {generated} generated and {reference} reference pictures for {by.width} features, expected "
+            "more pictures than features: give more, or pass --allow-few to get a number that is mostly the sets' "
+            "sizes."
+        )
+
+
 def compare_sets(
     generated: Features,
     reference: Features,
@@ -172,12 +182,8 @@ def compare_sets(
     mostly how many there are, unless `allow_few`. Warns where the two sets have different sizes in pixels.
     """
     few = min(len(generated.features), len(reference.features))
-    if few <= by.width and not allow_few:
-        raise InputError(
-            f"There are {len(generated.features)} generated and {len(reference.features)} reference pictures for "
-            f"{by.width} features, expected more pictures than features: give more, or pass --allow-few to get a "
-            "number that is mostly the sets' sizes."
-        )
+    if not allow_few:
+        check_enough(len(generated.features), len(reference.features), by)
     if generated.sizes[0] != reference.sizes[0]:
         (w, h), (v, u) = generated.sizes[0], reference.sizes[0]
         warnings.warn(

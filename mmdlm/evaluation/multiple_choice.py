@@ -10,7 +10,7 @@ import torch
 
 from mmdlm.errors import InputError
 from mmdlm.evaluation.likelihood import bounds
-from mmdlm.evaluation.result_files import field, read_jsonl, unique
+from mmdlm.evaluation.result_files import field, id_field, read_jsonl, text_field, unique
 from mmdlm.evaluation.vqa import Scores, mean_percent, normalise
 
 
@@ -31,14 +31,17 @@ def read_choices(path: Path) -> list[Choices]:
     """
     found = []
     for row in read_jsonl(path):
-        key, offered = field(row, "id", path), tuple(str(one) for one in field(row, "choices", path))
-        if len(offered) < 2 or len(set(offered)) < len(offered):
-            raise InputError(f"{path}: question {key!r} has the choices {offered}, expected two or more, different.")
+        key, listed = id_field(row, "id", path), field(row, "choices", path)
+        offered = tuple(str(one) for one in listed) if isinstance(listed, list) else ()
+        if len(offered) < 2 or len(set(offered)) < len(offered) or not all(one.strip() for one in offered):
+            raise InputError(
+                f"{path}: question {key!r} has the choices {listed!r}, expected a list of two or more, different."
+            )
         answer = field(row, "answer", path)
         place = offered.index(answer) if isinstance(answer, str) and answer in offered else answer
-        if not isinstance(place, int) or not 0 <= place < len(offered):
+        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(offered):
             raise InputError(f"{path}: the answer to {key!r} is {answer!r}, expected one of its choices.")
-        found.append(Choices(key, str(field(row, "image", path)), str(field(row, "question", path)), offered, place))
+        found.append(Choices(key, text_field(row, "image", path), text_field(row, "question", path), offered, place))
     if not found:
         raise InputError(f"{path} has no questions, expected at least one line.")
     unique(((one.id, None) for one in found), path)
@@ -53,6 +56,12 @@ def choice_nats(pipe: Any, one: Choices, picture: Path, *, samples: int, seed: i
     ids = [pipe.processor.text_ids(choice) for choice in one.choices]
     room = max(pipe.presets["ask"]["answer_length"], *(len(choice) + 1 for choice in ids))
     canvases = [pipe.answer_canvas(codes, one.text, room, choice) for choice in ids]
+    longest, limit = max(len(canvas.ids) for canvas in canvases), pipe.model.config.max_positions
+    if longest > limit:
+        raise InputError(
+            f"Question {one.id!r} with its choices is too long by {longest - limit} tokens, the model has {limit} "
+            "positions: shorten it."
+        )
     found = bounds(
         pipe.model, canvases, vocabulary=pipe.processor.vocabulary, samples=samples, seeds=[seed] * len(ids),
         batch_size=batch_size,

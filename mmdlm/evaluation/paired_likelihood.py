@@ -13,7 +13,7 @@ from torch import Tensor
 from mmdlm.errors import InputError
 from mmdlm.evaluation.likelihood import Bounds, bounds, per_token, retrieval
 from mmdlm.evaluation.processes import run_batches
-from mmdlm.evaluation.result_files import field, find_picture, read_jsonl, unique
+from mmdlm.evaluation.result_files import find_picture, read_jsonl, text_field, unique
 from mmdlm.evaluation.vqa import Scores
 from mmdlm.sequence import Canvas
 
@@ -36,7 +36,7 @@ def read_pairs(folder: Path) -> list[Pair]:
     path = folder / "metadata.jsonl"
     found = []
     for row in read_jsonl(path):
-        name, text = str(field(row, "file_name", path)), str(field(row, "text", path))
+        name, text = text_field(row, "file_name", path), text_field(row, "text", path)
         if not text.strip():
             raise InputError(f"{path} has an empty text for {name}, expected its caption.")
         found.append(Pair(name, find_picture(folder, (name,)), text))
@@ -65,6 +65,12 @@ def measure_pairs(
     kept in `out` as it comes, and shared among processes (`mmdlm.evaluation.processes`); None but in the first.
     """
     texts = [pipe.processor.text_ids(pair.text) for pair in pairs]
+    most = pipe.presets["describe"]["answer_length"] - 1
+    if too_long := [(pair.id, len(ids)) for pair, ids in zip(pairs, texts, strict=True) if len(ids) > most]:
+        raise InputError(
+            f"{len(too_long)} texts are longer than the model's captions, that of {too_long[0][0]} has "
+            f"{too_long[0][1]} tokens, expected at most {most}: shorten them."
+        )
     shared: dict[str, Any] = {"samples": samples, "batch_size": batch_size}
 
     def judge(numbers: list[int], places: list[int]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from mmdlm.errors import InputError
 from mmdlm.evaluation.features import Extractor
+from mmdlm.evaluation.fetched_weights import file_name, tensors_of, torch_file
 from mmdlm.evaluation.generation import frechet_distance, statistics
 from mmdlm.evaluation.vqa import Scores
 
@@ -99,27 +101,40 @@ def _through(picture: np.ndarray, codec: str, quality: int) -> tuple[np.ndarray,
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")), 8 * size
 
 
-def lpips_network(weights: Path, device: str = "cpu") -> nn.Module:
+def lpips_network(
+    weights: Path | None = None, device: str = "cpu", *, download: bool = False, progress: bool = False
+) -> nn.Module:
     """LPIPS (arXiv:1801.03924, version 0.1) over AlexNet, whose torchvision weights are the file `weights`.
 
-    The calibrated layers come with the package lpips. The network takes pictures in [-1, 1].
-    Raises InputError without the package, and for weights that are not AlexNet's.
+    None: torchvision's file in torch's cache, fetched to there where `download`. The calibrated layers come with the
+    package lpips. The network takes pictures in [-1, 1]. Raises InputError without the package, for weights that are
+    missing or cannot be fetched, and for those that are not AlexNet's.
     """
     try:
         import lpips
+        from torchvision.models import AlexNet_Weights
     except ImportError as error:
         raise InputError('LPIPS is the package lpips: pip install "mmdlm[eval]".') from error
-    network: Any = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    if weights is None:
+        weights = torch_file(
+            url,
+            needs="LPIPS needs torchvision's AlexNet weights",
+            otherwise="or give it with --lpips PATH",
+            download=download,
+            progress=progress,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks torchvision in a way of long ago
+        network: Any = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     try:
-        saved = torch.load(weights, weights_only=True, map_location="cpu")
+        saved = tensors_of(weights)
         # slice1.0.weight of lpips is features.0.weight of torchvision.
         trunk = {name: saved[f"features.{name.split('.', 1)[1]}"] for name in network.net.state_dict()}
         network.net.load_state_dict(trunk)
     except Exception as error:  # torch raises pickle's, zip's and its own errors on foreign files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".:")
-        raise InputError(
-            f"{weights} does not hold torchvision's AlexNet ({reason}): give alexnet-owt-7be5be79.pth."
-        ) from error
+        raise InputError(f"{weights} does not hold torchvision's AlexNet ({reason}): give {file_name(url)}.") from error
     frozen: nn.Module = network.eval().requires_grad_(False).to(device)
     return frozen
 

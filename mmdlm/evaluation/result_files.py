@@ -18,6 +18,7 @@ from mmdlm.picture_files import write_whole
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
+_IDS = ("question_id", "questionId", "image_id", "id", "file_name", "filename", "image")
 # The endings under which a benchmark's picture is looked for when its file names only the picture's number.
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
 
@@ -69,6 +70,21 @@ def field(row: Mapping[str, Any], name: str, source: Path) -> Any:
     return row[name]
 
 
+def text_field(row: Mapping[str, Any], name: str, source: Path) -> str:
+    """`row[name]` as text; InputError where it is nothing, a list or a table, of which str() would make an answer."""
+    value = field(row, name, source)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        which = next((f" of {row[key]!r}" for key in _IDS if key in row), "")
+        raise InputError(f"{source} has {json.dumps(value)[:60]} as {name!r}{which}, expected a text: mend the row.")
+    return str(value)
+
+
+def id_field(row: Mapping[str, Any], name: str, source: Path) -> Any:
+    """`row[name]`, a number or a text; InputError where it is anything else."""
+    text_field(row, name, source)
+    return row[name]
+
+
 def unique(pairs: Iterable[tuple[Key, Value]], source: Path, what: str = "id") -> dict[Key, Value]:
     """The pairs as a table; InputError for an id that comes twice, since one of the two would be lost in silence."""
     table: dict[Key, Value] = {}
@@ -102,7 +118,8 @@ def find_picture(folder: Path, names: Sequence[str]) -> Path:
         for ending in ("", *PICTURE_ENDINGS):
             if (folder / f"{name}{ending}").is_file():
                 return folder / f"{name}{ending}"
-    raise InputError(f"There is no picture {names[0]} in {folder}: give the folder of the benchmark's pictures.")
+    named = " or ".join(dict.fromkeys(names))
+    raise InputError(f"There is no picture {named} in {folder}: give the folder of the benchmark's pictures.")
 
 
 def read_text(path: Path) -> str:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdlm.errors import InputError
-from mmdlm.evaluation.result_files import answers_for, field, read_json, unique, write_json
+from mmdlm.evaluation.result_files import (
+    answers_for,
+    field,
+    id_field,
+    read_json,
+    text_field,
+    unique,
+    write_json,
+)
 
 
 class Question(NamedTuple):
@@ -92,6 +100,8 @@ def agreement(answer: str, people: Sequence[str]) -> float:
 
 # ------------------------------------------------------------------------------------------------ VQAv2
 
+_PEOPLE = 10  # who answered each question
+
 
 def read_vqav2(questions: Path, annotations: Path | None = None) -> list[Question]:
     """VQAv2's questions file, with the answers of its annotations file where that is published.
@@ -104,26 +114,31 @@ def read_vqav2(questions: Path, annotations: Path | None = None) -> list[Questio
     known: dict[Any, Any] = {}
     if annotations is not None:
         rows = field(read_json(annotations), "annotations", annotations)
-        known = unique(((field(row, "question_id", annotations), row) for row in rows), annotations)
+        known = unique(((id_field(row, "question_id", annotations), row) for row in rows), annotations)
     found = []
     for row in field(content, "questions", questions):
-        key, number = field(row, "question_id", questions), field(row, "image_id", questions)
+        key, number = id_field(row, "question_id", questions), id_field(row, "image_id", questions)
         long = f"{number:012d}" if isinstance(number, int) else str(number)
         people: tuple[str, ...] = ()
         kinds: tuple[str, ...] = ()
         if annotations is not None:
             if key not in known:
                 raise InputError(f"{annotations} has no answers to question {key!r}: give those of its split.")
-            people = tuple(str(field(one, "answer", annotations)) for one in field(known[key], "answers", annotations))
-            if not people:
-                raise InputError(f"{annotations} has an empty list of answers to question {key!r}, expected ten.")
+            people = tuple(
+                text_field(one, "answer", annotations) for one in field(known[key], "answers", annotations)
+            )
+            if len(people) != _PEOPLE:
+                raise InputError(
+                    f"{annotations} has {len(people)} answers to question {key!r}, expected {_PEOPLE}, by which the "
+                    "metric counts: give VQAv2's own file."
+                )
             kinds = tuple(
                 f"{name.removesuffix('_type')}: {known[key][name]}"
                 for name in ("answer_type", "question_type")
                 if name in known[key]
             )
         pictures = (f"COCO_{subtype}_{long}", long, str(number))
-        found.append(Question(key, pictures, str(field(row, "question", questions)), people, kinds))
+        found.append(Question(key, pictures, _question(row, key, questions), people, kinds))
     unique(((question.id, None) for question in found), questions)
     return found
 
@@ -155,7 +170,7 @@ def read_answers(path: Path, key: str = "question_id", answer: str = "answer") -
     rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path} holds a {type(rows).__name__}, expected a list of {{{key!r}, {answer!r}}}.")
-    return unique(((field(row, key, path), str(field(row, answer, path))) for row in rows), path)
+    return unique(((id_field(row, key, path), text_field(row, answer, path)) for row in rows), path)
 
 
 # ------------------------------------------------------------------------------------------------ GQA
@@ -170,9 +185,10 @@ def read_gqa(questions: Path) -> list[Question]:
     for key, row in content.items():
         types = row.get("types") if isinstance(row, dict) else None
         kinds = tuple(f"{name}: {types[name]}" for name in ("structural", "semantic") if name in types) if types else ()
-        people = (str(row["answer"]),) if isinstance(row, dict) and row.get("answer") is not None else ()
-        picture = str(field(row, "imageId", questions))
-        found.append(Question(key, (picture,), str(field(row, "question", questions)), people, kinds))
+        asked = isinstance(row, dict) and row.get("answer") is not None
+        people = (text_field(row, "answer", questions),) if asked else ()
+        picture = text_field(row, "imageId", questions)
+        found.append(Question(key, (picture,), _question(row, key, questions), people, kinds))
     return found
 
 
@@ -230,6 +246,13 @@ def _by_kind(questions: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -
         for kind in question.kinds:
             kinds.setdefault(kind, []).append(row["score"])
     return {kind: mean_percent(scores) for kind, scores in sorted(kinds.items())}
+
+
+def _question(row: Mapping[str, Any], key: Any, source: Path) -> str:
+    words = text_field(row, "question", source)
+    if not words.strip():
+        raise InputError(f"{source} has an empty question {key!r}, expected some words: mend the row.")
+    return words
 
 
 def _trimmed(answer: str) -> str:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mmdlm.errors import InputError
-from mmdlm.evaluation.result_files import answers_for, field, read_jsonl, read_text, unique, write_jsonl
+from mmdlm.evaluation.result_files import (
+    answers_for,
+    id_field,
+    read_jsonl,
+    read_text,
+    text_field,
+    unique,
+    write_jsonl,
+)
 from mmdlm.evaluation.vqa import Question, Scores, ids, mean_percent
 from mmdlm.picture_files import write_whole
 
@@ -30,11 +38,11 @@ def read_pope(questions: Path) -> list[Question]:
     """POPE's lines {"question_id", "image", "text", "label"}, label yes or no."""
     found = []
     for row in read_jsonl(questions):
-        label = str(field(row, "label", questions)).strip().lower()
+        label = text_field(row, "label", questions).strip().lower()
         if label not in ("yes", "no"):
             raise InputError(f"{questions} has the label {label!r}, expected yes or no: give POPE's own file.")
-        key, picture = field(row, "question_id", questions), str(field(row, "image", questions))
-        found.append(Question(key, (picture,), str(field(row, "text", questions)), (label,)))
+        key, picture = id_field(row, "question_id", questions), text_field(row, "image", questions)
+        found.append(Question(key, (picture,), text_field(row, "text", questions), (label,)))
     unique(((question.id, None) for question in found), questions)
     return found
 
@@ -46,16 +54,16 @@ def read_pope_answers(path: Path, questions: Sequence[Question]) -> dict[Any, st
     """
     rows = read_jsonl(path)
     if all("question_id" in row for row in rows):
-        return unique(((row["question_id"], str(field(row, "answer", path))) for row in rows), path)
+        return unique(((id_field(row, "question_id", path), text_field(row, "answer", path)) for row in rows), path)
     if len(rows) != len(questions):
         raise InputError(f"{path} has {len(rows)} answers to {len(questions)} questions, expected one for each.")
     for number, (row, question) in enumerate(zip(rows, questions, strict=True), start=1):
-        if str(field(row, "question", path)).strip() != question.text.strip():
+        if text_field(row, "question", path).strip() != question.text.strip():
             raise InputError(
                 f"{path} answers {row['question']!r} on line {number}, where {question.text!r} was asked: "
                 "give the answers in the order of the questions."
             )
-    return {question.id: str(field(row, "answer", path)) for question, row in zip(questions, rows, strict=True)}
+    return {question.id: text_field(row, "answer", path) for question, row in zip(questions, rows, strict=True)}
 
 
 def write_pope(path: Path, questions: Sequence[Question], answers: Mapping[Any, str]) -> None:
@@ -120,18 +128,29 @@ def read_mme(folder: Path) -> list[Question]:
     return found
 
 
-def read_mme_answers(folder: Path) -> dict[Any, str]:
-    """A folder of MME's result files: the same lines with the model's answer as fourth column."""
+def read_mme_answers(folder: Path, questions: Sequence[Question]) -> dict[Any, str]:
+    """A folder of MME's result files: the same lines with the model's answer as fourth column, in any order.
+
+    Raises InputError for another form, a line that was not asked, and one that comes twice.
+    """
+    asked: dict[tuple[str, str, str], list[Any]] = {}
+    for one in questions:
+        asked.setdefault((one.kinds[0], one.pictures[-1], one.text.strip()), []).append(one.id)
     answers: dict[Any, str] = {}
     for path in _subtask_files(folder):
-        pictures: dict[str, int] = {}
         for number, columns in enumerate(_lines(path), start=1):
             if len(columns) != 4:
                 raise InputError(
                     f"{path} has {len(columns)} columns on line {number}, expected picture, question, truth and answer."
                 )
-            pictures[columns[0]] = pictures.get(columns[0], 0) + 1
-            answers[f"{path.stem}/{columns[0]}/{pictures[columns[0]]}"] = columns[3]
+            open_ = asked.get((path.stem, columns[0], columns[1].strip()))
+            if not open_:
+                what = "that was not asked" if open_ is None else "twice"
+                raise InputError(
+                    f"{path} answers a question {what} on line {number}, {columns[1][:60]!r} about {columns[0]}: give "
+                    "the results of these questions."
+                )
+            answers[open_.pop(0)] = columns[3]
     return answers
 
 

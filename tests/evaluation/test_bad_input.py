@@ -121,3 +121,69 @@ def test_files_that_are_none(tmp_path: Path):
     refused(tmp_path, "'q' twice", "choices", choices, "--pictures", tmp_path)
     write(choices, [row | {"answer": 0}])
     refused(tmp_path, "no picture 0.png", "choices", choices, "--pictures", tmp_path)
+
+
+def test_rows_that_hold_something_else_than_text(tmp_path: Path):
+    """str() would make the answer 'None' of a missing one, and five choices of the word 'green'."""
+    questions, results = tmp_path / "questions.json", tmp_path / "results.json"
+    annotations = tmp_path / "annotations.json"
+    asked: dict[str, Any] = {"image_id": 1, "question": "what is it?", "question_id": 1}
+    people = [{"answer": "red"}] * 10
+    command = ("vqa", "vqav2", questions, "--annotations", annotations, "--answers", results)
+    for row, answers, said, complaint in (
+        (asked | {"question": None}, people, "red", "null as 'question' of 1"),
+        (asked | {"question": "  "}, people, "red", "an empty question 1"),
+        (asked | {"question_id": [1]}, people, "red", "[1] as 'question_id'"),
+        (asked, people[:3], "red", "has 3 answers to question 1, expected 10"),
+        (asked, [*people[:9], {"answer": None}], "red", "null as 'answer'"),
+        (asked, people, None, "null as 'answer' of 1"),
+        (asked, people, ["red"], "[\"red\"] as 'answer' of 1"),
+    ):
+        write(questions, {"questions": [row]})
+        write(annotations, {"annotations": [{"question_id": 1, "answers": answers}]})
+        write(results, [{"question_id": 1, "answer": said}])
+        refused(tmp_path, complaint, *command)
+    references = write(tmp_path / "coco.json", {
+        "images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "..."}]})
+    write(results, [{"image_id": 1, "caption": "a thing"}])
+    refused(tmp_path, "captions of picture 1 have no words", "captions", references, "--answers", results)
+    choices = tmp_path / "choices.jsonl"
+    row = {"id": 1, "image": "0.png", "question": "what?", "choices": ["red", "green"], "answer": 0}
+    for change in ({"choices": "green"}, {"choices": ["red", " "]}, {"choices": ["red", "red"]}):
+        write(choices, [row | change])
+        refused(tmp_path, "expected a list of two or more, different", "choices", choices, "--pictures", tmp_path)
+    write(choices, [row | {"answer": True}])
+    refused(tmp_path, "the answer to 1 is True", "choices", choices, "--pictures", tmp_path)
+
+
+def test_what_is_too_long_is_named(tiny_model: Path, tmp_path: Path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    model = ("--model", tiny_model, *COMMON)
+    write(tmp_path / "metadata.jsonl", [{"file_name": "0.png", "text": "word " * 30}])
+    refused(tmp_path, "longer than the model's captions, that of 0.png has", "likelihood", tmp_path, *model)
+    write(tmp_path / "metadata.jsonl", [{"file_name": "0.png", "text": ["a", "b"]}])
+    refused(tmp_path, "[\"a\", \"b\"] as 'text' of '0.png'", "likelihood", tmp_path, *model)
+    row = {"id": "q", "image": "0.png", "question": "what?", "choices": ["red", "word " * 30], "answer": 0}
+    asked = write(tmp_path / "choices.jsonl", [row])
+    refused(tmp_path, "Question 'q' with its choices is too long by", "choices", asked, "--pictures", tmp_path, *model)
+    (tmp_path / "out").rename(tmp_path / "before")  # what was answered before it is kept there
+    asked = write(tmp_path / "questions.json", {"questions": [
+        {"image_id": 0, "question": "word " * 60, "question_id": 7}]})
+    refused(tmp_path, "Among the cases 7 to 7: The question is too long", "vqa", "vqav2", asked, "--pictures", tmp_path,
+            *model)
+
+
+def test_what_is_named_like_a_picture_counts_as_one(folder: Path, tmp_path: Path):
+    random = ("--features", "random", "--allow-few", "--resamples", 0, "--cache", tmp_path / "cache", *COMMON)
+    (folder / "2.png").unlink()
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    refused(tmp_path, "gone.png cannot be read (No such file or directory)", "images", folder, folder, *random)
+    (folder / "gone.png").unlink()
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(folder / "hidden.png")  # a JPEG under another name
+    result = CliRunner().invoke(app, ["eval", "images", *map(str, (folder, folder, *random, "-o", tmp_path / "x"))])
+    assert result.exit_code == 0 and "1 of 3 pictures" in result.output
+    prompts = write(tmp_path / "prompts.jsonl", [{"file_name": "0.png", "text": "a"}] * 2)
+    refused(tmp_path, "the picture '0.png' twice", "images", folder, folder, *random, "--clip", folder, "--prompts",
+            prompts)
+    refused(tmp_path, "give --clip too", "images", folder, folder, *random, "--prompts", prompts)

@@ -160,7 +160,7 @@ def test_tokenizer_and_images(tiny_model, folder, tmp_path):
         (("vqa", "vqav2", "missing.json"), "Give either --pictures"),
         (("captions", "missing.json", "--answers", "a.json"), "missing.json cannot be read"),
         (("likelihood", "missing"), "metadata.jsonl cannot be read"),
-        (("images", "missing", "missing"), "--weights PATH"),
+        (("images", "missing", "missing"), "no folder of pictures"),
         (("images", "missing", "missing", "--features", "random"), "no folder of pictures"),
         (("tokenizer", "missing"), "no folder of pictures"),
         (("compare", "missing", "missing"), "cannot be read"),

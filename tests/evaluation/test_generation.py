@@ -171,8 +171,9 @@ def test_warnings_and_folders_that_do_not_do(folders, tmp_path):
         folder_features(tmp_path / "missing", by)
 
 
-def test_weights_that_are_missing_or_anothers(tmp_path):
+def test_weights_that_are_missing_or_anothers(tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # this machine may have the real ones
     with pytest.raises(InputError, match="--weights PATH"):
         extractor("inception")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")

@@ -98,7 +98,18 @@ def test_mme_counted_by_hand(mme, tmp_path):
     assert scores.summary["other"] == 1
     write_mme(tmp_path / "out", questions, said)
     assert (tmp_path / "out" / "existence.txt").read_text().splitlines()[0] == "a.jpg\tIs there a dog?\tYes\tYes"
-    assert read_mme_answers(tmp_path / "out") == said
+    assert read_mme_answers(tmp_path / "out", questions) == said
+    # the lines of a result file may stand in any order: each answers the question that it holds
+    turned = (tmp_path / "out" / "existence.txt").read_text().splitlines()[::-1]
+    (tmp_path / "out" / "existence.txt").write_text("\n".join(turned))
+    assert read_mme_answers(tmp_path / "out", questions) == said
+    (tmp_path / "out" / "existence.txt").write_text("\n".join([*turned, turned[0]]))
+    with pytest.raises(InputError, match="answers a question twice on line 5"):
+        read_mme_answers(tmp_path / "out", questions)
+    (tmp_path / "out" / "existence.txt").write_text("a.jpg\tIs there a bird?\tYes\tYes\n")
+    with pytest.raises(InputError, match="answers a question that was not asked on line 1"):
+        read_mme_answers(tmp_path / "out", questions)
+    (tmp_path / "out" / "existence.txt").write_text("\n".join(turned[::-1]))
     assert score_mme(read_mme(tmp_path / "out"), said).summary == scores.summary
 
 
@@ -115,6 +126,6 @@ def test_mme_files_that_do_not_fit(mme, tmp_path):
     with pytest.raises(InputError, match="line 1"):
         read_mme(mme)
     with pytest.raises(InputError, match="truth and answer"):
-        read_mme_answers(mme)
+        read_mme_answers(mme, [])
     with pytest.raises(InputError, match="has no"):
         read_mme(tmp_path)
