@@ -54,7 +54,7 @@ class Config:
     """What to measure."""
 
     vocabularies: list[str] = field(default_factory=lambda: list(VOCABULARIES))
-    rows: dict[str, int] = field(default_factory=lambda: {"small": 15, "full": 6})
+    rows: dict[str, int] = field(default_factory=lambda: {"small": 15, "full": 15})
     width: int = 512
     layers: int = 8
     side: int = 16  # of a picture, in codes

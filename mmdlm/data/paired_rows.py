@@ -41,8 +41,9 @@ class Record:
 class Row:
     """A record whose columns are right; no picture of it has been decoded yet.
 
-    `questions`: pairs of a question and its answers. `messages`: as given, with `pictures[name]` for every picture that
-    a part names; a part without a name means the row's own picture.
+    `questions`: pairs of a question and its answers, also what a conversation about the row's own picture begins with.
+    `messages`: as given, with `pictures[name]` for every picture that a part names; a part without a name means the
+    row's own picture.
     """
 
     key: str
@@ -73,6 +74,7 @@ def row(record: Record, *, need_text: bool = True) -> Row:
     questions = attempt(lambda: _questions(columns.get("question"), columns.get("answers")), [])
     pictures: dict[str, Content] = {}
     messages = attempt(lambda: _messages(columns.get("messages"), record.fetch, pictures), None)
+    questions += [pair for pair in _first_exchange(messages, columns.get("file_name")) if pair not in questions]
     mask = attempt(lambda: _content(record, "mask", "mask_file_name", optional=True), None)
     source = attempt(lambda: _content(record, "source", "source_file_name", optional=True), None)
     if need_text and not wrong and not (texts or questions or messages):
@@ -169,6 +171,25 @@ def _messages(value: Any, fetch: Fetch | None, pictures: dict[str, Content]) -> 
     if not shown:
         raise InputError('messages have no image, expected a part {"type": "image"}')
     return [dict(message) for message in value]
+
+
+def _first_exchange(messages: list[dict[str, Any]] | None, own: Any) -> list[tuple[str, list[str]]]:
+    """The question and the answer that a conversation begins with, where it shows nothing but the picture `own`.
+
+    A question is answered without what was said before it, so that later turns are none: [] for them, and for a first
+    turn without words or about other pictures.
+    """
+    said = [message for message in messages or [] if message["role"] != "system"]
+    if len(said) < 2 or (said[0]["role"], said[1]["role"]) != ("user", "assistant"):
+        return []
+    words: list[str] = []
+    for message in said[:2]:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if any(part["type"] != "text" and part_picture(part) not in (None, own) for part in parts):
+            return []
+        words.append(" ".join(" ".join(part["text"] for part in parts if part["type"] == "text").split()))
+    return [(words[0], [words[1]])] if all(words) else []
 
 
 def part_picture(part: Mapping[str, Any]) -> str | None:

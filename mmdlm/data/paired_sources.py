@@ -27,6 +27,8 @@ SPLITS = {  # what datasets takes for a split in the name of a folder or file
     "test": ("test", "testing", "eval", "evaluation"),
     "held_out": ("held_out", "heldout", "held-out"),
 }
+_TABLES = (".jsonl", ".csv", ".parquet", ".tar")
+_HUB_NAME = re.compile(r"([\w.-]+)/[\w.-]+")
 LONGEST_LINE = 4 * 2**20  # bytes of one row of metadata
 _LARGEST_TEXT = 64 * 2**20  # bytes of a text file that is read as a whole
 
@@ -43,10 +45,16 @@ def find_records(source: str | Path, *, split: str = "train", need_text: bool = 
     if os.path.isdir(path):
         return _directory(path, split, need_text)
     if os.path.isfile(path):
+        if path.suffix not in _TABLES:
+            raise InputError(f"{source} is no data, expected a folder or a {', '.join(_TABLES)} file: unpack it first.")
         _one_split(path, split)
         return _files(path.parent, [path], need_text)
-    if os.path.lexists(path) or str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1:
-        raise InputError(f"There is no data at {source}: give a folder, a .parquet or .tar file, or a name on the Hub.")
+    # A mistyped folder is not looked for on the net.
+    owner = _HUB_NAME.fullmatch(str(source))
+    if os.path.lexists(path) or owner is None or os.path.lexists(owner[1]):
+        raise InputError(
+            f"There is no data at {source}: give a folder, a .parquet or .tar file, or a name on the Hub, OWNER/NAME."
+        )
     from mmdlm.data.paired_tables import hub_records
 
     return hub_records(str(source), split)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def folder(path: Path, rows: list[dict[str, Any]]) -> Path:
     for number, row in enumerate(rows):
         for name in (row.get("file_name"), row.get("mask_file_name"), row.get("source_file_name")):
             if name and not (path / name).exists():
-                (path / name).write_bytes(png(hash(name) % 1000 + number))
+                (path / name).write_bytes(png(zlib.crc32(name.encode()) + number))
     (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -59,10 +60,31 @@ def test_every_column_of_a_folder(tmp_path: Path):
     assert first.mask is not None and first.mask.mode == "L" and first.mask.size == first.image.size == (20, 16)
     assert first.source is not None and first.source.mode == "RGB" and first.messages is None
     assert second.texts == [] and second.questions == [("what?", ["this"]), ("where?", ["here", "there"])]
-    assert third.messages is not None
+    assert third.messages is not None and third.questions == [("and this?", ["a cat"])]
     shown = [part["image"] for part in third.messages[0]["content"] if part["type"] == "image"]
     assert [picture.tobytes() for picture in shown] == [second.image.tobytes()] * 2
     assert third.messages[1] == {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+
+
+def test_a_conversation_is_a_question_where_it_begins_with_one_about_its_own_picture(tmp_path: Path):
+    def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": role, "content": content} for role, content in turns]
+
+    shown = [{"type": "image"}, {"type": "text", "text": "what is\n it?"}]
+    other = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "and it?"}]
+    cases: list[tuple[list[dict[str, Any]], list[tuple[str, list[str]]]]] = [
+        (said(("system", "be short"), ("user", shown), ("assistant", "a cat"), ("user", "sure?"), ("assistant", "yes")),
+         [("what is it?", ["a cat"])]),
+        (said(("user", other), ("assistant", "a dog")), []),  # about another picture
+        (said(("user", [{"type": "image"}]), ("assistant", "a dog")), []),  # nothing is asked
+        (said(("assistant", "hello"), ("user", shown)), []),
+        (said(("user", shown)), []),
+    ]
+    rows = [{"file_name": "a.png", "messages": messages} for messages, _ in cases]
+    found = open_pairs(folder(tmp_path / "said", [*rows, {"file_name": "b.png", "text": "b"}]))
+    assert found.problems == [] and [row.questions for row in found.rows] == [*(asked for _, asked in cases), []]
+    both = {"file_name": "a.png", "question": "what is it?", "answers": ["a cat"], "messages": cases[0][0]}
+    assert open_pairs(folder(tmp_path / "both", [both])).rows[0].questions == cases[0][1]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -147,7 +169,7 @@ def test_a_folder_called_train_is_a_split_only_where_all_are(tmp_path: Path):
     assert [row.key for row in data.rows] == ["car/c.png", "train/a.png", "val/b.png"]
 
 
-def test_what_is_no_data(tmp_path: Path):
+def test_what_is_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="has no pictures and no metadata"):
         open_pairs(tmp_path / "nothing")
@@ -155,6 +177,13 @@ def test_what_is_no_data(tmp_path: Path):
         open_pairs(tmp_path / "missing")
     with pytest.raises(InputError, match=r"no folder or file here.*connection"):  # offline, as all tests are
         open_pairs("nobody/has-this-data-set")
+    for mistyped in ("photoz", "./photoz", f"{tmp_path.name}/photoz", "a/b/c", "a b/c"):  # none is asked for on the net
+        with monkeypatch.context() as there, pytest.raises(InputError, match="There is no data at"):
+            there.chdir(tmp_path.parent)
+            open_pairs(mistyped)
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"is no data, expected a folder or a \.jsonl"):
+        open_pairs(tmp_path / "photos.zip")
     with pytest.raises(InputError, match="no split 'test'"):
         open_pairs(folder(tmp_path / "plain", [{"file_name": "a.png", "text": "a"}]), split="test")
 
