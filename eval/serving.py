@@ -6,8 +6,9 @@
 
 It starts a server process on a free port of the loopback, as a person does, and asks it for pictures and captions by
 turns. Every level of clients sends the same requests, each client its next one as soon as it has its answer; one client
-is one-at-a-time serving, and its answers are what all others' are compared with. The captions' files are other bytes at
-every level, so that no level finds its pictures' codes kept by the level before.
+is one-at-a-time serving, and its answers are what all others' are compared with. Equal is the same words with the same
+confidence within 0.001, or the same picture within 1 of 255 levels; pictures are asked for at temperature 0. The captions'
+files are other bytes at every level, so that no level finds its pictures' codes kept by the level before.
 
 Writes to `out`: run.json with every latency, results.md, serving.png, and the server's log.
 """
@@ -47,6 +48,7 @@ from mmdlm.training.arguments import config_from_arguments, run_program
 
 THINGS = ("red apple", "cat", "dog", "blue car", "banana", "tree", "yellow star", "house", "fish", "key", "rose")
 SAME_CONFIDENCE = 1e-3  # float32 sums in another order
+SAME_LEVEL = 1  # of 255: likewise, a pixel that stands at a half may be rounded up or down
 SAMPLE_SECONDS = 0.5
 Body = dict[str, Any]
 
@@ -270,8 +272,9 @@ def compared(one: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     """A level with what it is to one-at-a-time serving: times its throughput, and how many answers are equal."""
     pairs = list(zip(one["answers"], alone["answers"], strict=True))
     kept = {key: value for key, value in one.items() if key != "answers"}
-    others = [n for n, (a, b) in enumerate(pairs) if a[0] != b[0] or abs(a[1] - b[1]) > SAME_CONFIDENCE]
+    others = [n for n, (a, b) in enumerate(pairs) if not same(a, b)]
     counts = {"equal": len(pairs) - len(others), "asked": len(pairs), "unequal": others}
+    counts["same_content"] = sum(a[0] == b[0] for a, b in pairs)  # words, or the picture's file to the byte
     return {**kept, "times": one["per_second"] / alone["per_second"], **counts}
 
 
@@ -281,6 +284,17 @@ def meaning(content: bytes) -> tuple[str, float]:
     if "captions" in data[0]:
         return data[0]["captions"][0]["text"], data[0]["captions"][0]["confidence"]
     return data[0].get("b64_json", content.decode(errors="replace")), 0.0
+
+
+def same(one: tuple[str, float], other: tuple[str, float]) -> bool:
+    """Whether two answers are the same words or the same picture, but for the order of float32 sums."""
+    if one[0] != other[0]:
+        try:
+            a, b = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each[0])))).astype(int) for each in (one, other))
+        except (ValueError, OSError):
+            return False  # words
+        return a.shape == b.shape and int(abs(a - b).max()) <= SAME_LEVEL
+    return abs(one[1] - other[1]) <= SAME_CONFIDENCE
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
