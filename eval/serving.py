@@ -7,8 +7,8 @@
 It starts a server process on a free port of the loopback, as a person does, and asks it for pictures and captions by
 turns. Every level of clients sends the same requests, each client its next one as soon as it has its answer; one client
 is one-at-a-time serving, and its answers are what all others' are compared with. Equal is the same words with the same
-confidence within 0.001, or the same picture within 1 of 255 levels; pictures are asked for at temperature 0. The captions'
-files are other bytes at every level, so that no level finds its pictures' codes kept by the level before.
+confidence within 0.001, or the same picture within 1 of 255 levels; pictures are asked for at temperature 0. The files
+of captions are other bytes at every level, so that no level finds its pictures' codes kept by the level before.
 
 Writes to `out`: run.json with every latency, results.md, serving.png, and the server's log.
 """
