@@ -27,6 +27,7 @@ from mmdlm.evaluation.generation import frechet_distance, statistics
 from mmdlm.evaluation.vqa import Scores
 
 CODECS = {"jpeg": (1, 95), "webp": (0, 100)}  # format: its lowest and highest quality
+ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"  # torchvision's AlexNet_Weights.IMAGENET1K_V1
 _WINDOW, _SIGMA = 11, 1.5
 
 
@@ -112,13 +113,11 @@ def lpips_network(
     """
     try:
         import lpips
-        from torchvision.models import AlexNet_Weights
     except ImportError as error:
         raise InputError('LPIPS is the package lpips: pip install "mmdlm[eval]".') from error
-    url = AlexNet_Weights.IMAGENET1K_V1.url
     if weights is None:
         weights = torch_file(
-            url,
+            ALEXNET,
             needs="LPIPS needs torchvision's AlexNet weights",
             otherwise="or give it with --lpips PATH",
             download=download,
@@ -134,7 +133,8 @@ def lpips_network(
         network.net.load_state_dict(trunk)
     except Exception as error:  # torch raises pickle's, zip's and its own errors on foreign files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".:")
-        raise InputError(f"{weights} does not hold torchvision's AlexNet ({reason}): give {file_name(url)}.") from error
+        wanted = file_name(ALEXNET)
+        raise InputError(f"{weights} does not hold torchvision's AlexNet ({reason}): give {wanted}.") from error
     frozen: nn.Module = network.eval().requires_grad_(False).to(device)
     return frozen
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mmdlm.cli import app
 from mmdlm.errors import InputError
+from mmdlm.evaluation import reconstruction
 from mmdlm.evaluation.features import extractor
 from mmdlm.evaluation.fetched_weights import clip_directory, published_hash, torch_file
 from mmdlm.evaluation.reconstruction import lpips_network
@@ -163,12 +164,14 @@ def test_alexnet_from_the_cache_and_from_its_publisher(server, cache, tmp_path, 
     pytest.importorskip("lpips")
     from torchvision.models import AlexNet_Weights, alexnet
 
+    assert AlexNet_Weights.IMAGENET1K_V1.url == reconstruction.ALEXNET
+
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in alexnet().state_dict().items()}
     content = saved(hollow(shapes), tmp_path / "alexnet.pth")
     name = published("alexnet", content)
     server.files[name] = content
-    monkeypatch.setattr(AlexNet_Weights.IMAGENET1K_V1.value, "url", f"{server.url}/{name}")
+    monkeypatch.setattr(reconstruction, "ALEXNET", f"{server.url}/{name}")
     with pytest.raises(InputError, match=r"LPIPS needs torchvision's AlexNet weights, the file alexnet-.*--lpips PATH"):
         lpips_network()
     lpips_network(download=True)
