@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from mmdlm.assets import shipped_model
 from mmdlm.cli import app
-from mmdlm.cli.finetune import default_learning_rate, default_steps, spelled_words, words_to_add
+from mmdlm.cli.finetune import KEPT, default_learning_rate, default_steps, spelled_words, words_to_add
 from mmdlm.data.paired import open_pairs, split_pairs
 from mmdlm.errors import InputError
 from mmdlm.models.new_words import processor_with
@@ -138,7 +138,7 @@ def test_what_is_replayed_is_kept_and_not_learned(kind: str, words, tiny_model, 
     assert (tmp_path / "run" / kind).is_dir()
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert [(Path(source["path"]).name, source["weight"], source["keep"]) for source in settings["data"]] == [
-        ("walls", 1.0, False), ("known", 2.0, True),
+        ("walls", 1.0, False), ("known", KEPT, True),
     ]  # fmt: skip
     if kind == "pipeline":  # with a word of its own, and the old words trained beside it
         trained = TextToImage.from_pretrained(tmp_path / "run" / "pipeline")
