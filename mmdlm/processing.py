@@ -6,7 +6,7 @@ the vocabulary's (`mmdlm.vocabulary`). Shape letters: B pictures, S = `image_siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from mmdlm.errors import InputError
 from mmdlm.picture_reading import FITS, FORMATS, LARGEST_PICTURE, Picture, fit_square, load_image
+from mmdlm.text_tokenizer import train_text_tokenizer
 from mmdlm.vocabulary import Vocabulary
 
 __all__ = [
@@ -52,6 +53,15 @@ class MMDLMProcessor(ProcessorMixin):
         if picture_fit not in FITS:
             raise InputError(f"picture_fit is {picture_fit!r}, expected {', '.join(FITS[:-1])} or {FITS[-1]}.")
         self.picture_fit = picture_fit
+
+    @classmethod
+    def of_words(cls, texts: Iterable[str], text_vocab_size: int, image_codes: int, image_size: int) -> MMDLMProcessor:
+        """A byte-level BPE learned on `texts` and the vocabulary that it makes: text ids, then `image_codes` codes."""
+        words = train_text_tokenizer(texts, text_vocab_size)
+        named = ("mask", "bos", "eos", "pad", "boi", "eoi", "draw", "describe", "ask")
+        ids = {f"{name}_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in named}
+        vocabulary = Vocabulary(text_size=len(words), image_start=len(words), image_size=image_codes, **ids)
+        return cls(words, vocabulary=vocabulary.to_dict(), image_size=image_size)
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes to processor_config.json."""

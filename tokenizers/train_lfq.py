@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 "$(mmdlm path tokenizers/train_lfq)" --config pictures_f4 data=PICTURES out=RUN
 
 `data` is a picture world, or any pictures: a folder, parquet, tars, a name on the Hub, with captions or without. With
-`init_from` training goes on from a saved tokenizer, whose shape is then the model's.
+`init_from` training goes on from a saved tokenizer, whose shape is then the model's; bits and blocks may be more than
+it has, and `keep_codes_weight` holds the first bits of every code at what they were.
 
 The loss is MAGVIT-v2's (arXiv 2310.05737, equation 5 and section 3.1): reconstruction + commitment + per-sample entropy
 - codebook entropy, and, after a warm start, an adversarial term weighed as in VQGAN (arXiv 2012.09841, equation 7).
@@ -38,6 +39,7 @@ from mmdlm.models.discriminator import (
     lecam,
     warm_start,
 )
+from mmdlm.models.growing import GROWING, grow_tokenizer
 from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
@@ -99,6 +101,7 @@ class Config:
     l2_weight: float = 1.0
     gradient_weight: float = 0.2
     commitment_weight: float = 0.05
+    keep_codes_weight: float = 0.0
     sample_entropy_weight: float = 0.01
     codebook_entropy_weight: float = 0.02
     entropy_anneal_steps: int = 500
@@ -149,7 +152,8 @@ def gradient_distance(made: Tensor, real: Tensor, scales: int = 3) -> Tensor:
 
 
 def shape_of(config: Config) -> Model:
-    """The model's settings: those of the YAML, or with `init_from` that tokenizer's, of which LOSS_SETTINGS may differ.
+    """The model's settings: those of the YAML, or with `init_from` that tokenizer's, of which LOSS_SETTINGS may differ
+    and GROWING be more.
 
     Raises InputError where the YAML states another shape than `init_from` has.
     """
@@ -163,8 +167,9 @@ def shape_of(config: Config) -> Model:
     found, stated, usual = {}, asdict(config.model), asdict(Model())
     for name, value in stated.items():
         known = saved.get(name, usual[name])
-        found[name] = value if name in LOSS_SETTINGS and value != usual[name] else known
-        if name not in LOSS_SETTINGS and value not in (usual[name], known):
+        free = name in LOSS_SETTINGS or (name in GROWING and isinstance(known, int) and value > known)
+        found[name] = value if free and value != usual[name] else known
+        if not free and value not in (usual[name], known):
             raise InputError(f"model.{name} is {value}, but {config.init_from} has {known}: leave model.{name} out.")
     return replace(config.model, **found)
 
@@ -224,8 +229,10 @@ def main(arguments: list[str]) -> None:
 
     model = LFQTokenizer(**vars(config.model))
     bits = config.model.codebook_bits if config.model.quantizer == "lfq" else None
-    if config.init_from:
-        model.load_state_dict(LFQTokenizer.from_pretrained(config.init_from).state_dict())
+    known = LFQTokenizer.from_pretrained(config.init_from) if config.init_from else None
+    if known:
+        grow_tokenizer(known, model)
+        known = known.to(device) if config.keep_codes_weight else None
     # With a frozen encoder the codes stay what they are: a decoder can be improved under a predictor trained on them.
     model.encoder.requires_grad_(config.train_encoder)
     average = WeightAverage(model, config.ema_decay)
@@ -275,6 +282,10 @@ def main(arguments: list[str]) -> None:
         reconstruction = criterion(made.float(), real)
         loss = reconstruction + config.commitment_weight * quantized.commitment
         numbers = {"reconstruction": reconstruction, "commitment": quantized.commitment}
+        if known:  # the straight-through gradient of wrong signs alone, as a perceptron's
+            kept = known.quantize.vectors(known.encode(real))
+            numbers["keep_codes"] = F.mse_loss(quantized.vectors[:, : kept.shape[1]].float(), kept)
+            loss = loss + config.keep_codes_weight * numbers["keep_codes"]
         came += torch.bincount(quantized.codes.flatten(), minlength=len(came))
         if quantized.entropies is not None and config.train_encoder:
             strength = max(1.0, 4.0 * (1 - step / max(config.entropy_anneal_steps, 1)))

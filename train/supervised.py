@@ -38,19 +38,17 @@ from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.pipelines import DEFAULT_PRESETS, TextToImage
 from mmdlm.pipelines.run_samples import save_samples, set_lengths
 from mmdlm.processing import MMDLMProcessor
-from mmdlm.text_tokenizer import train_text_tokenizer
 from mmdlm.training import checkpoints, traps
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.held_out import validate
 from mmdlm.training.interrupts import StopRequest
-from mmdlm.training.known_words import some_words, write_words
+from mmdlm.training.known_words import every_text, some_words, write_words
 from mmdlm.training.masked_loss import MaskedLoss, NoiseSettings, corrupt, lesson_for, measured, normalisers, pack
 from mmdlm.training.optimizing import OptimizerSettings, build_optimizers, learning_share
 from mmdlm.training.processes import gathered, largest, load_optimizer, peak_memory, spread_like, summed
 from mmdlm.training.report import write_report
 from mmdlm.training.rows import Pool, Rows, RowSettings, widened
 from mmdlm.training.run_log import RunLog, plot_curves
-from mmdlm.vocabulary import Vocabulary
 
 
 @dataclass
@@ -141,18 +139,6 @@ def main(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def build_processor(pools: list[Pool], config: Config, tokenizer: LFQTokenizer, resolution: int) -> MMDLMProcessor:
-    """A byte-level BPE learned on the pools' words, and the shared vocabulary: text ids, then image codes."""
-    words = [text for pool in pools for captions in pool.rows.captions for text in captions]
-    words += [text for pool in pools for pairs in pool.rows.questions for pair in pairs for text in pair]
-    text = train_text_tokenizer(words, config.text_vocab_size)
-    names = {"mask_id": "mask", "bos_id": "bos", "eos_id": "eos", "pad_id": "pad", "boi_id": "boi", "eoi_id": "eoi"}
-    names |= {"draw_id": "draw", "describe_id": "describe", "ask_id": "ask"}
-    ids = {key: text.convert_tokens_to_ids(f"<|{word}|>") for key, word in names.items()}
-    vocabulary = Vocabulary(text_size=len(text), image_start=len(text), image_size=tokenizer.codebook_size, **ids)
-    return MMDLMProcessor(text, vocabulary=vocabulary.to_dict(), image_size=resolution)
-
-
 def build_model(config: Config, processor: MMDLMProcessor, tokenizer: LFQTokenizer, longest: int) -> MaskPredictor:
     """The model that is trained: fresh or init_from's, with an adapter where full is false."""
     if config.init_from:
@@ -233,7 +219,8 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
             seed=config.seed,
         )
     train_pools, held_pools = ([Pool(*source) for source in half] for half in coded)
-    processor = known or build_processor(train_pools, config, tokenizer, resolution)
+    codes = tokenizer.codebook_size
+    processor = known or MMDLMProcessor.of_words(every_text(train_pools), config.text_vocab_size, codes, resolution)
     words = {"text_ids": processor.text_ids, "vocabulary": processor.vocabulary}
     rows = Rows(train_pools, config, **words)
     held_out = [Rows([pool], config, **words) for pool in held_pools]

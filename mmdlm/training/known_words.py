@@ -22,6 +22,12 @@ FILE = "rehearsal.jsonl"
 ROWS, PHRASINGS, QUESTIONS = 512, 3, 2  # kept of a run, and of a row
 
 
+def every_text(pools: Sequence[Pool]) -> list[str]:
+    """All captions of the pools' rows, then all questions and answers: what a text tokenizer is learned on."""
+    captions = [text for pool in pools for texts in pool.rows.captions for text in texts]
+    return captions + [text for pool in pools for pairs in pool.rows.questions for pair in pairs for text in pair]
+
+
 def some_words(pools: Sequence[Pool], *, count: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     """Words of `count` rows, no caption twice, sources as often as their weights say; fewer where there are fewer."""
     chance = random.Random(f"words-{seed}")
