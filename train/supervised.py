@@ -95,6 +95,7 @@ class Config(RowSettings, NoiseSettings, OptimizerSettings):
     rank: int = 16
     lora_alpha: float | None = None  # default: rank
     lora_targets: list[str] | None = None
+    closeness: float = 16.0  # of the hidden states of rows that are kept to what they were: see `Lesson`
     new_words: list[str] = field(default_factory=list)  # that get an id of their own, beside those of init_from
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
@@ -238,7 +239,8 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     # A packed row may be longer than any the model knows, for positions start again in it: the check has to allow it.
     model.config.max_positions = max(model.config.max_positions, pack_length)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lesson = lesson_for([source.keep for source in sources], model, copied=config.full, new_words=config.new_words)
+    taught = {"copied": config.full, "new_words": config.new_words, "closeness": config.closeness}
+    lesson = lesson_for([source.keep for source in sources], model, **taught)
     peaks = build_optimizers(model, config)
     restored = checkpoints.load_checkpoint(out, config.resume_from_checkpoint)
     if restored:

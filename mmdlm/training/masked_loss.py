@@ -192,20 +192,31 @@ class Lesson(NamedTuple):
 
     Learning without forgetting (arXiv:1606.09282): where the model says what it said, such a row has no gradient, while
     the same row as data would be learned by heart, its mistakes included.
+
+    What it says alone is a weak hold: near the teacher's odds their cross entropy is flat, and words decided by a hair
+    come out otherwise. So its last hidden states are held too, by `closeness` times their squared distance from the
+    teacher's, as a share of these (arXiv:1412.6550, arXiv:1607.00122), weighed and summed as the odds are.
     """
 
     sources: tuple[int, ...]  # whose rows
     teacher: MaskPredictor | None = None  # None: the model itself without its adapter
     new_words: int = 0  # the last text ids, of which the teacher knows nothing
+    closeness: float = 0.0
 
 
 def lesson_for(
-    keep: Sequence[bool], model: MaskPredictor, *, copied: bool, new_words: Sequence[str] = ()
+    keep: Sequence[bool],
+    model: MaskPredictor,
+    *,
+    copied: bool,
+    new_words: Sequence[str] = (),
+    closeness: float = 0.0,
 ) -> Lesson | None:
     """The lesson of the sources that are to be kept, None where there are none. copied: the teacher is a copy of
     `model` as it stands, for all of its weights will change; else the model without its adapter."""
     sources = tuple(number for number, kept in enumerate(keep) if kept)
-    return Lesson(sources, copy.deepcopy(model) if copied else None, len(new_words)) if sources else None
+    teacher = copy.deepcopy(model) if copied and sources else None
+    return Lesson(sources, teacher, len(new_words), closeness) if sources else None
 
 
 class MaskedLoss(nn.Module):
@@ -218,8 +229,9 @@ class MaskedLoss(nn.Module):
         self.teacher = None if lesson is None or lesson.teacher is None else lesson.teacher.requires_grad_(False)
 
     def forward(self, noised: NoisedRows, sources: int = 1) -> dict[str, Tensor]:
-        """{"text", "image": sum of the weighted cross entropies of the supervised places, "table": float64
-        [4, S, 2, K], see `measured`}. The head runs over those places and their modality's columns only, in chunks."""
+        """{"text", "image": sum of the weighted cross entropies of the supervised places, and of a lesson's distances,
+        "table": float64 [4, S, 2, K], see `measured`}. The head runs over those places and their modality's columns
+        only, in chunks."""
         where = supervised_places(noised.supervised)
         source = noised.source.gather(1, where)
         parts = self._parts(noised, where, source)  # before the model's own pass: a teacher's needs no gradient
@@ -242,6 +254,9 @@ class MaskedLoss(nn.Module):
                 loss, nats = linear_cross_entropy_with_nats(
                     hidden[chosen], head, targets[chosen] - columns[0], weights[chosen], taught=taught
                 )
+                if said is not None and self.lesson and self.lesson.closeness:
+                    far = _distances(hidden[chosen], said[chosen])
+                    loss = loss + self.lesson.closeness * (far * weights[chosen]).sum()
                 losses[name] = losses[name] + loss if name in losses else loss
                 at = _cell(source[chosen], kind, share[chosen])
                 nats = nats.to(table.dtype)
@@ -276,6 +291,13 @@ class MaskedLoss(nn.Module):
         absent = (end - new - columns[0], end - columns[0]) if columns == self.model.vocabulary.text_columns else (0, 0)
         with torch.no_grad():
             return Taught(said, teacher.head_rows(columns), absent)
+
+
+def _distances(hidden: Tensor, said: Tensor) -> Tensor:
+    """[N, D] twice -> [N]: the squared distances of hidden states from what is said, as a share of that, in float32 or
+    better."""
+    hidden, said = (part if part.dtype == torch.float64 else part.float() for part in (hidden, said))
+    return (hidden - said).pow(2).sum(-1) / said.pow(2).sum(-1)
 
 
 def _hidden(model: MaskPredictor, noised: NoisedRows, where: Tensor) -> Tensor:

@@ -169,9 +169,9 @@ def test_mistakes_are_one_sentence_before_anything_is_made(tmp_path):
 
 
 def test_the_learning_rate_falls_with_the_width(tiny_model):
-    assert default_learning_rate(shipped_model(), full=False) == 2e-3
-    assert default_learning_rate(shipped_model(), full=True) == 3e-4
-    assert default_learning_rate(tiny_model, full=True) == 1.8e-3  # of width 32
+    assert default_learning_rate(shipped_model(), full=False) == 3e-3
+    assert default_learning_rate(shipped_model(), full=True) == 4e-4
+    assert default_learning_rate(tiny_model, full=True) == 2.4e-3  # of width 32
 
 
 def test_steps_follow_the_number_of_pictures():

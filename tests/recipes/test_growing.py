@@ -45,7 +45,8 @@ def test_a_model_grows_and_training_goes_on(
     found = now.model.get_input_embeddings().weight[vocabulary.text_size - 1]
     torch.testing.assert_close(found, rows[ids].mean(0), rtol=1e-5, atol=1e-6)
 
-    steps = ["caption_length=40", "answer_length=24", "max_train_steps=1", "checkpointing_steps=1", "validation_steps=1", f"data={world}", f"out={longer}"]
+    steps = ["caption_length=40", "answer_length=24", "max_train_steps=1", "checkpointing_steps=1"]
+    steps += ["validation_steps=1", f"data={world}", f"out={longer}"]
     run("train/supervised", *tiny_supervised, *steps, f"init_from={grown}")
     assert TextToImage.from_pretrained(longer / "pipeline").processor.vocabulary == vocabulary
 

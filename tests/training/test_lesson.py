@@ -65,27 +65,28 @@ def gradients(model: MaskPredictor, rows: NoisedRows, lesson: Lesson | None) -> 
 
 
 def test_a_model_that_says_what_it_said_has_no_gradient(model):
-    found, gradient = gradients(model, noised(), Lesson((0, 1), copy.deepcopy(model)))
+    found, gradient = gradients(model, noised(), Lesson((0, 1), copy.deepcopy(model), closeness=80.0))
     assert found["image"] > 0 and found["text"] > 0  # the teacher's own entropy
     assert float(gradient.abs().max()) < 1e-12
     _, learned = gradients(model, noised(), None)
     assert float(learned.abs().max()) > 0.1
 
 
-def test_the_loss_is_the_cross_entropy_with_the_teachers_odds(model):
+@pytest.mark.parametrize("closeness", [0.0, 7.0])
+def test_the_loss_is_the_cross_entropy_with_the_teachers_odds_and_the_distance_from_its_states(model, closeness: float):
     teacher, rows = moved(model), noised()
-    found, gradient = gradients(model, rows, Lesson((1,), teacher))
+    found, gradient = gradients(model, rows, Lesson((1,), teacher, closeness=closeness))
     model.zero_grad()
     expected = []
     for kind, columns in ((0, slice(0, 30)), (1, slice(30, 46))):
         seen = {"attention_mask": (rows.documents >= 0)[:, None, None], "position_ids": rows.positions}
-        logits, taught = (
-            each(rows.ids, grid=rows.grid, **seen).logits[..., columns] for each in (model, teacher)
-        )
+        own, other = (each(rows.ids, grid=rows.grid, **seen) for each in (model, teacher))
+        logits, taught, states = own.logits[..., columns], other.logits[..., columns], other.hidden.detach()
+        far = (own.hidden - states).pow(2).sum(-1) / states.pow(2).sum(-1)
         log_p, odds = logits.log_softmax(-1), taught.detach().softmax(-1)
         targets = (rows.targets - columns.start).clamp(0, log_p.shape[-1] - 1)
         hard, soft = -log_p.gather(-1, targets[..., None])[..., 0], -(odds * log_p).sum(-1)
-        each = torch.where(rows.source == 1, soft, hard) * rows.weight
+        each = torch.where(rows.source == 1, soft + closeness * far, hard) * rows.weight
         expected.append(each[rows.supervised & (rows.modality == kind)].sum())
     assert rows.modality.max() == IMAGE == 1
     torch.testing.assert_close(torch.stack([found["text"], found["image"]]), torch.stack(expected))
@@ -105,8 +106,8 @@ def test_an_adapter_is_taught_by_the_model_without_it(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    own, gradient = gradients(model, noised(), Lesson((1,)))
-    copied, same = gradients(model, noised(), Lesson((1,), base))
+    own, gradient = gradients(model, noised(), Lesson((1,), closeness=5.0))
+    copied, same = gradients(model, noised(), Lesson((1,), base, closeness=5.0))
     torch.testing.assert_close(own["image"], copied["image"])
     torch.testing.assert_close(gradient, same)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained != []
@@ -130,8 +131,8 @@ def test_a_teacher_says_no_word_that_is_new(model):
 
 def test_packed_rows_are_taught_as_they_are_apart(model):
     teacher, rows = moved(model), noised()
-    apart, gradient = gradients(model, rows, Lesson((1,), teacher))
-    together, same = gradients(model, pack(rows, 64), Lesson((1,), teacher))
+    apart, gradient = gradients(model, rows, Lesson((1,), teacher, closeness=5.0))
+    together, same = gradients(model, pack(rows, 64), Lesson((1,), teacher, closeness=5.0))
     torch.testing.assert_close(apart["image"], together["image"])
     torch.testing.assert_close(apart["text"], together["text"])
     torch.testing.assert_close(gradient, same)
