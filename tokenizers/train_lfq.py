@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 2 "$(mmdlm path tokenizers/train_lfq)" --config pictures_f4 data=PICTURES out=RUN
 
 `data` is a picture world, or any pictures: a folder, parquet, tars, a name on the Hub, with captions or without. With
-`init_from` training goes on from a saved tokenizer, whose shape is then the model's; bits and blocks may be more than
-it has, and `keep_codes_weight` holds the first bits of every code at what they were.
+`init_from` training goes on from a saved tokenizer, whose shape is then the model's; `grow={codebook_bits: 13}` adds
+bits or blocks, and `keep_codes_weight` holds the first bits of every code at what they were.
 
 The loss is MAGVIT-v2's (arXiv 2310.05737, equation 5 and section 3.1): reconstruction + commitment + per-sample entropy
 - codebook entropy, and, after a warm start, an adversarial term weighed as in VQGAN (arXiv 2012.09841, equation 7).
@@ -82,6 +82,7 @@ class Config:
     data: str = ""
     out: str = "runs/tokenizer"
     init_from: str | None = None
+    grow: dict[str, int] = field(default_factory=dict)  # of GROWING, what init_from shall have more of
     train_encoder: bool = True
     held_out_share: float = 0.1
     picture_fit: str = "pad"
@@ -153,11 +154,13 @@ def gradient_distance(made: Tensor, real: Tensor, scales: int = 3) -> Tensor:
 
 def shape_of(config: Config) -> Model:
     """The model's settings: those of the YAML, or with `init_from` that tokenizer's, of which LOSS_SETTINGS may differ
-    and GROWING be more.
+    and which may `grow`.
 
-    Raises InputError where the YAML states another shape than `init_from` has.
+    Raises InputError where the YAML states another shape than `init_from` has, and for what cannot grow.
     """
     if not config.init_from:
+        if config.grow:
+            raise InputError("grow is given without init_from: name the tokenizer that is to grow.")
         return config.model
     if not (Path(config.init_from) / "config.json").is_file():
         raise InputError(f"init_from is {config.init_from}, expected a saved tokenizer with its config.json: check it.")
@@ -167,10 +170,16 @@ def shape_of(config: Config) -> Model:
     found, stated, usual = {}, asdict(config.model), asdict(Model())
     for name, value in stated.items():
         known = saved.get(name, usual[name])
-        free = name in LOSS_SETTINGS or (name in GROWING and isinstance(known, int) and value > known)
-        found[name] = value if free and value != usual[name] else known
-        if not free and value not in (usual[name], known):
+        found[name] = value if name in LOSS_SETTINGS and value != usual[name] else known
+        if name not in LOSS_SETTINGS and value not in (usual[name], known):
             raise InputError(f"model.{name} is {value}, but {config.init_from} has {known}: leave model.{name} out.")
+    if config.grow and (found["layout"], found["quantizer"]) != ("patched", "lfq"):
+        what = f"the layout {found['layout']} and the quantizer {found['quantizer']}"
+        raise InputError(f"{config.init_from} has {what}, expected patched and lfq to grow: leave grow out.")
+    for name, value in config.grow.items():
+        if name not in GROWING or value < found[name]:
+            raise InputError(f"grow has {name}: {value}, expected {', '.join(GROWING)}, none less than it is now.")
+        found[name] = value
     return replace(config.model, **found)
 
 
@@ -231,7 +240,10 @@ def main(arguments: list[str]) -> None:
     bits = config.model.codebook_bits if config.model.quantizer == "lfq" else None
     known = LFQTokenizer.from_pretrained(config.init_from) if config.init_from else None
     if known:
-        grow_tokenizer(known, model)
+        if config.grow:
+            grow_tokenizer(known, model)
+        else:
+            model.load_state_dict(known.state_dict())
         known = known.to(device) if config.keep_codes_weight else None
     # With a frozen encoder the codes stay what they are: a decoder can be improved under a predictor trained on them.
     model.encoder.requires_grad_(config.train_encoder)

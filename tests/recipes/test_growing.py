@@ -20,12 +20,15 @@ def test_a_model_grows_and_training_goes_on(
     out, grown, longer = tmp_path / "tokenizer", tmp_path / "grown", tmp_path / "longer"
     settings = ["max_train_steps=2", "logging_steps=1", "checkpointing_steps=2", "validation_steps=2", "concepts=16"]
     settings += [f"data={world}", f"out={out}", f"init_from={pipeline / 'visual_tokenizer'}", "keep_codes_weight=0.5"]
-    few = ["train_batch_size=2", "validation_pictures=2", "learning_rate=1e-5", "model.encoder_blocks=2"]
-    run("tokenizers/train_lfq", *settings, *few, "model.codebook_bits=8")
+    few = ["train_batch_size=2", "validation_pictures=2", "learning_rate=1e-5"]
+    run("tokenizers/train_lfq", *settings, *few, "grow={codebook_bits: 8, encoder_blocks: 2}")
     assert all(0 <= row["keep_codes"] <= 4 for row in read_metrics(out) if "keep_codes" in row)
     before = TextToImage.from_pretrained(pipeline)
     tokenizer = LFQTokenizer.from_pretrained(out / "visual_tokenizer")
     assert (before.visual_tokenizer.codebook_size, tokenizer.codebook_size) == (64, 256)
+    assert (before.visual_tokenizer.config["encoder_blocks"], tokenizer.config["encoder_blocks"]) == (1, 2)
+    with pytest.raises(InputError, match="grow has codebook_bits: 5, expected codebook_bits, encoder_blocks"):
+        run("tokenizers/train_lfq", *settings, *few, "grow={codebook_bits: 5}")
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     same = first_bits(tokenizer.encode(pixels), 6, 8) == before.visual_tokenizer.encode(pixels)
     assert float(same.float().mean()) > 0.95

@@ -73,7 +73,7 @@ def test_a_folder_trains_a_tokenizer_and_training_goes_on_from_it(run, pictures:
     assert made.config["encoder_widths"] == [8, 16] and made.config["entropy_temperature"] == 0.5
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(made.encode(pixels), known.encode(pixels))
-    for less in ("codebook_bits=5", "stem_patch=1"):
+    for less in ("codebook_bits=8", "stem_patch=1"):
         with pytest.raises(InputError, match=f"{less.replace('=', ' is ')}, but"):
             run("tokenizers/train_lfq", *settings, f"out={tmp_path / 'third'}", f"model.{less}")
     with pytest.raises(InputError, match="init_from is"):
