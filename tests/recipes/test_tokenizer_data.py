@@ -78,3 +78,17 @@ def test_a_folder_trains_a_tokenizer_and_training_goes_on_from_it(run, pictures:
             run("tokenizers/train_lfq", *settings, f"out={tmp_path / 'third'}", f"model.{less}")
     with pytest.raises(InputError, match="init_from is"):
         run("tokenizers/train_lfq", *settings, "init_from=nowhere", f"out={tmp_path / 'third'}")
+
+
+def test_training_goes_on_from_a_published_layout_which_cannot_grow(run, pictures: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    shape = {"encoder_widths": (32, 32), "decoder_widths": (32, 32), "encoder_blocks": (1, 2), "decoder_blocks": (2, 1)}
+    known = LFQTokenizer(sample_size=16, codebook_bits=6, layout="magvitv2", stem_patch=1, **shape)
+    known.save_pretrained(tmp_path / "known")
+    settings = [*TINY, f"data={pictures}", f"init_from={tmp_path / 'known'}", "max_train_steps=1", "learning_rate=0"]
+    run("tokenizers/train_lfq", *settings, f"out={tmp_path / 'out'}")
+    made = LFQTokenizer.from_pretrained(tmp_path / "out" / "visual_tokenizer")
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(made.encode(pixels), known.eval().encode(pixels))
+    with pytest.raises(InputError, match="has the layout magvitv2 and the quantizer lfq, expected patched"):
+        run("tokenizers/train_lfq", *settings, f"out={tmp_path / 'more'}", "grow={codebook_bits: 8}")
