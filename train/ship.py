@@ -1,8 +1,10 @@
 """Packs a trained pipeline as the shipped model: half precision, sampling presets, a model card.
 
-    mmdlm run train/ship model=RUN/pipeline out=mmdlm/assets/pictures
+    mmdlm run train/ship model=RUN/pipeline out=mmdlm/assets/pictures [tokenizer=RUN2/visual_tokenizer]
 
-The directory is written beside its place and renamed, so a failure leaves the old one.
+`tokenizer` is one whose decoder alone was trained on meanwhile (`train_encoder: false`): the predictor's codes stay
+what they are. The words of its training that a run keeps beside the model (rehearsal.jsonl) go with it. The directory
+is written beside its place and renamed, so a failure leaves the old one.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from pathlib import Path
 import torch
 
 from mmdlm.errors import InputError
+from mmdlm.models.visual_tokenizer import LFQTokenizer
 from mmdlm.pipelines import TextToImage
 from mmdlm.training.arguments import config_from_arguments, run_program
+from mmdlm.training.known_words import FILE, read_words, write_words
 
 LIMIT = 40 * 2**20  # bytes of safetensors that the package may carry
 
@@ -27,6 +31,7 @@ class Config:
     """What to pack, and the presets to pack it with."""
 
     model: str = ""
+    tokenizer: str | None = None  # default: the model's own
     out: str = "mmdlm/assets/pictures"
     card: str | None = None
     draw_steps: int = 16
@@ -39,9 +44,24 @@ class Config:
     answer_length: int = 16
 
 
+def with_its_codes(directory: str, known: LFQTokenizer) -> LFQTokenizer:
+    """The tokenizer saved in `directory`, which must write pictures in the very codes of `known`: InputError."""
+    found = LFQTokenizer.from_pretrained(directory)
+    ours, theirs = ({n: v.float() for n, v in each.encoder.state_dict().items()} for each in (found, known))
+    same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    if not same or any(found.config[name] != known.config[name] for name in ("quantizer", "bit_order")):
+        raise InputError(
+            f"The encoder of {directory} is not the model's, expected one with the same codes: train it on from the "
+            "model's visual_tokenizer with train_encoder=false."
+        )
+    return found
+
+
 def main(arguments: list[str]) -> None:
     config = config_from_arguments(Config, arguments, program=__file__)
     pipeline = TextToImage.from_pretrained(config.model)
+    if config.tokenizer:
+        pipeline.register_modules(visual_tokenizer=with_its_codes(config.tokenizer, pipeline.visual_tokenizer))
     pipeline.presets = {
         "draw": {
             "num_inference_steps": config.draw_steps,
@@ -73,6 +93,8 @@ def main(arguments: list[str]) -> None:
             raise InputError(
                 f"the weights take {size / 2**20:.1f} MiB, expected at most {LIMIT / 2**20:.0f}: train a smaller model"
             )
+        if (Path(config.model) / FILE).is_file():
+            write_words(place, read_words(Path(config.model)))
         if config.card:
             shutil.copyfile(config.card, place / "README.md")
         if out.exists():

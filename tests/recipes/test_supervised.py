@@ -44,9 +44,7 @@ def pairs(tmp_path: Path) -> Path:
 def test_the_best_checkpoint_stays_beside_the_newest(run, arguments: list[str], tmp_path: Path):
     settings = ["max_train_steps=4", "validation_steps=1", "checkpointing_steps=2", "checkpoints_total_limit=1"]
     # A step so large that everything after the first validation is worse.
-    run(
-        "train/supervised", *arguments, *settings, "learning_rate=3.0", "lr_warmup_steps=4", "report_to=tensorboard"
-    )
+    run("train/supervised", *arguments, *settings, "learning_rate=3.0", "lr_warmup_steps=4", "report_to=tensorboard")
     assert list((tmp_path / "run" / "mmdlm").rglob("events.out.tfevents.*"))
     held = {row["step"]: row["held_out_image"] + 0.3 * row["held_out_text"]
             for row in read_metrics(tmp_path / "run") if "held_out_image" in row}  # fmt: skip
