@@ -45,7 +45,8 @@ class RowSettings:
     """Which tasks a batch holds: part of a training program's settings.
 
     What draw_share, describe_share and edit_share leave is for questions. A row that lacks what a task needs (captions,
-    questions, a source picture) takes one of the others, in proportion.
+    questions, a source picture) takes one of the others, in proportion. yes_no_share: of the questions of rows that
+    have such and others, how many are answered by yes or no; None: as many as there are.
     """
 
     seed: int = 0
@@ -56,6 +57,7 @@ class RowSettings:
     canonical_share: float = 0.5
     caption_length: int = 24
     answer_length: int = 12
+    yes_no_share: float | None = None
 
 
 class RowBatch(NamedTuple):
@@ -168,11 +170,19 @@ class Rows:
         if task < draw + edit + describe or not questions:
             caption = self.ids(captions[0])
             return partial(describe_canvas, codes.long(), self.grid, caption, c.caption_length, self.vocabulary)
-        question, answer = (self.ids(text) for text in chance.choice(questions))
+        question, answer = (self.ids(text) for text in self._question(questions, chance))
         return partial(ask_canvas, codes.long(), self.grid, question, answer, c.answer_length, self.vocabulary)
 
     def _phrasing(self, captions: list[str], chance: random.Random) -> str:
         return captions[0] if chance.random() < self.settings.canonical_share else chance.choice(captions)
+
+    def _question(self, questions: list[tuple[str, str]], chance: random.Random) -> tuple[str, str]:
+        if (wanted := self.settings.yes_no_share) is not None:
+            told = [pair for pair in questions if pair[1] in ("yes", "no")]
+            if 0 < len(told) < len(questions):
+                other = [pair for pair in questions if pair[1] not in ("yes", "no")]
+                return chance.choice(told if chance.random() < wanted else other)
+        return chance.choice(questions)
 
     def ids(self, text: str) -> list[int]:
         if text not in self.known:

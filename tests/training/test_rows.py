@@ -91,6 +91,21 @@ def test_tasks_come_by_their_shares_and_rows_without_what_a_task_needs_take_the_
     assert "edit" not in shares(rows(pool("a", 1), draw_share=0.3, edit_share=0.3))
 
 
+def test_questions_of_yes_or_no_come_as_often_as_asked():
+    def said(share: float | None, pairs: list[tuple[str, str]]) -> float:
+        mixed = pool("a", 1)
+        mixed.rows.questions = [pairs] * 5
+        made = rows(mixed, draw_share=0.0, describe_share=0.0, yes_no_share=share)
+        ids = torch.cat([made.batch(n, 25).canvas.ids for n in range(40)])
+        return float((ids == 40 + ord("y")).any(1).float().mean())  # of "yes", and in no other word here
+
+    pairs = [("r?", "yes"), ("s?", "red"), ("t?", "two"), ("u?", "cat")]
+    assert said(None, pairs) == pytest.approx(0.25, abs=0.04)
+    assert said(0.6, pairs) == pytest.approx(0.6, abs=0.04)
+    assert said(0.0, pairs) == 0
+    assert said(0.6, pairs[1:]) == 0 and said(0.6, pairs[:1]) == 1  # rows of one kind only
+
+
 def test_sources_come_by_their_weights_and_singles_only_when_asked():
     made = rows(pool("a", 1, weight=3.0), pool("b", 2))
     drawn = [source for number in range(40) for source in made.batch(number, 25).source]
