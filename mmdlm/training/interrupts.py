@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_REQUEST = 5.0  # seconds
 
 
 class StopRequest:
     """`with StopRequest() as stop:` - `stop.asked` is True once a signal came; the old handlers return at the end.
 
-    A second signal is for those who will not wait: it does what it did before.
+    A signal some seconds later is for those who will not wait: it does what it did before. One that follows at once is
+    the same request: schedulers signal torchrun and its workers, and torchrun passes it on to these.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -31,8 +36,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > _ONE_REQUEST:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

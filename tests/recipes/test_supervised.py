@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -205,3 +209,35 @@ def test_a_kill_in_a_save_a_request_to_stop_and_a_full_disk(
     assert "writing failed (" in done.stderr and "start the same command again; checkpoint-" in done.stderr
     steps = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert steps == list(range(1, steps[-1] + 1))  # nothing twice, nothing missing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the launcher's workers")
+def test_a_scheduler_that_signals_launcher_and_workers_gets_a_checkpoint(
+    world: Path, visual_tokenizer: Path, tiny_supervised: list[str], tmp_path: Path
+):
+    """As SLURM and systemd do: the workers then hear it twice, since the launcher passes it on."""
+    out = tmp_path / "run"
+    settings = [*tiny_supervised, f"data={world}", f"tokenizer={visual_tokenizer}", f"out={out}"]
+    settings += ["validation_steps=1000000", "checkpointing_steps=1000000", "max_train_steps=100000"]
+    settings += ["train_batch_size=96"]  # so long a step that both signals come in one
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(program_path("train/supervised")), *settings],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        while launcher.poll() is None and not ((out / "metrics.jsonl").exists() and len(read_metrics(out)) >= 3):
+            time.sleep(0.05)
+        workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(workers) == 2
+        for process in (*map(int, workers), launcher.pid):
+            os.kill(process, signal.SIGTERM)
+        said, _ = launcher.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    steps = [row["step"] for row in read_metrics(out)]
+    [saved] = list_checkpoints(out)
+    assert saved.name == f"checkpoint-{steps[-1]}" and steps == list(range(1, steps[-1] + 1)), said[-2000:]
+    assert '"stopped": "SIGTERM"' in said
