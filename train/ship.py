@@ -45,9 +45,9 @@ class Config:
 
 
 def with_its_codes(directory: str, known: LFQTokenizer) -> LFQTokenizer:
-    """The tokenizer saved in `directory`, which must write pictures in the very codes of `known`: InputError."""
+    """The tokenizer saved in `directory`; InputError unless its encoder, in half precision, is that of `known`."""
     found = LFQTokenizer.from_pretrained(directory)
-    ours, theirs = ({n: v.float() for n, v in each.encoder.state_dict().items()} for each in (found, known))
+    ours, theirs = ({n: v.half() for n, v in each.encoder.state_dict().items()} for each in (found, known))
     same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
     if not same or any(found.config[name] != known.config[name] for name in ("quantizer", "bit_order")):
         raise InputError(
