@@ -43,7 +43,16 @@ from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.held_out import validate
 from mmdlm.training.interrupts import StopRequest
 from mmdlm.training.known_words import every_text, some_words, write_words
-from mmdlm.training.masked_loss import MaskedLoss, NoiseSettings, corrupt, lesson_for, measured, normalisers, pack
+from mmdlm.training.masked_loss import (
+    MaskedLoss,
+    NoiseSettings,
+    corrupt,
+    lesson_for,
+    measured,
+    normalisers,
+    pack,
+    per_written_token,
+)
 from mmdlm.training.optimizing import OptimizerSettings, build_optimizers, learning_share
 from mmdlm.training.processes import gathered, largest, load_optimizer, peak_memory, spread_like, summed
 from mmdlm.training.report import write_report
@@ -105,6 +114,7 @@ class Config(RowSettings, NoiseSettings, OptimizerSettings):
     max_train_steps: int = 100_000
     num_train_epochs: float | None = None  # instead of max_train_steps: passes over the first source
     text_weight: float = 0.3
+    text_per_word: bool = False  # a row's text counts by its words, not by the places of its answer area
     mixed_precision: str | bool = "no"  # YAML reads a bare no as false
     ema_decay: float = 0.999
     checkpointing_steps: int = 500
@@ -308,6 +318,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
             generator=noise,
             share=(rank, processes),
         )
+        noised = per_written_token(noised, processor.vocabulary.eos_id) if config.text_per_word else noised
         counts = summed(accelerator, normalisers(noised)).clamp_min(1).float().to(device)
         losses = torch.zeros(3, device=device)
         for part in noised.parts(config.gradient_accumulation_steps):

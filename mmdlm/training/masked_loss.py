@@ -187,6 +187,19 @@ def normalisers(noised: NoisedRows) -> Tensor:
     return torch.stack([text, image]).double()
 
 
+def per_written_token(noised: NoisedRows, end_id: int) -> NoisedRows:
+    """The rows with each one's text weighed by its written tokens (words and one end) instead of by its places.
+
+    An answer area is as long as the longest answer, so a "yes" is one token of sixteen and hardly counts beside a
+    caption of ten. The weights of a row of L text places, n of them written, are multiplied by L / n.
+    """
+    text = noised.corruptible & (noised.modality != IMAGE)
+    places = text.sum(1, keepdim=True)
+    written = (text & (noised.targets != end_id)).sum(1, keepdim=True) + 1
+    factor = places.clamp_min(1) / torch.minimum(written, places.clamp_min(1))
+    return replace(noised, weight=torch.where(text, noised.weight * factor, noised.weight))
+
+
 class Lesson(NamedTuple):
     """Rows that are not to be learned but kept: their target is what a teacher says, the model before its training.
 

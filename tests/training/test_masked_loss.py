@@ -14,7 +14,16 @@ from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
 from mmdlm.models.packed_attention import attend_by_document
 from mmdlm.objectives import linear_cross_entropy
 from mmdlm.sequence import IMAGE, batch, describe_canvas, draw_canvas
-from mmdlm.training.masked_loss import MaskedLoss, NoisedRows, NoiseSettings, corrupt, measured, normalisers, pack
+from mmdlm.training.masked_loss import (
+    MaskedLoss,
+    NoisedRows,
+    NoiseSettings,
+    corrupt,
+    measured,
+    normalisers,
+    pack,
+    per_written_token,
+)
 from mmdlm.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -86,6 +95,19 @@ def test_the_sums_are_those_of_full_logits(rows, fold: int):
         int((noised.corruptible & (noised.modality != IMAGE)).sum()),
         int((noised.supervised & (noised.modality == IMAGE)).sum()),
     ]
+
+
+def test_texts_count_by_their_words(rows):
+    noised = rows()
+    weighed = per_written_token(noised, VOCABULARY.eos_id)
+    for row, words in ((0, 0), (3, 3)):  # five places each
+        expected = noised.weight[row] * 5 / (words + 1)
+        torch.testing.assert_close(weighed.weight[row], expected, rtol=1e-6, atol=0)
+        assert float(expected.sum()) > 0
+    drawn = [1, 2, 4, 5]
+    assert torch.equal(weighed.weight[drawn], noised.weight[drawn])
+    assert torch.equal(weighed.bound_weight, noised.bound_weight)
+    assert torch.equal(normalisers(weighed), normalisers(noised))
 
 
 def test_the_parts_of_a_batch_have_its_noise(rows):
