@@ -14,7 +14,13 @@ from mmdlm.corruption import Corrupted, mask
 from mmdlm.errors import InputError
 from mmdlm.objectives import denoising_loss, likelihood_bound, linear_cross_entropy, supervised_places
 from mmdlm.schedules import by_modality, cosine, cubic, linear, maskgit, square
+from mmdlm.sequence import IMAGE, TEXT, ask_canvas, batch, describe_canvas, draw_canvas, image, interleave, text
+from mmdlm.vocabulary import Vocabulary
 
+VOCABULARY = Vocabulary(
+    text_size=30, image_start=30, image_size=16, mask_id=1, bos_id=2, eos_id=3, pad_id=0, boi_id=4, eoi_id=5,
+    draw_id=6, describe_id=7, ask_id=8,
+)  # fmt: skip
 SYMBOLS, LENGTH, MASK = 4, 3, 4
 
 
@@ -238,6 +244,40 @@ def test_per_modality_schedules_weigh_their_own_places():
     loss = denoising_loss(torch.zeros(2, 6, 10), x0, corrupted, "rows")
     text, picture = (int((corrupted.supervised & (modality == kind)).sum()) for kind in (0, 1))
     assert float(loss) == pytest.approx((2 * text + picture) * math.log(10) / 2, rel=1e-6)
+
+
+def test_one_batch_of_every_task_is_each_row_alone():
+    """Drawing, describing, answering, plain text, and words and picture together; text and image under their own."""
+    words, answer = torch.tensor([20, 21, 22]), torch.tensor([23, 24])
+    codes = torch.arange(4).view(2, 2)
+    both = [text(words, editable=True), image(codes, 2, 2, VOCABULARY, editable=True)]
+    canvases = [
+        draw_canvas(words, codes, (2, 2), VOCABULARY),
+        describe_canvas(codes, (2, 2), words, 5, VOCABULARY),
+        ask_canvas(codes, (2, 2), words, answer, 4, VOCABULARY),
+        interleave([text(words, editable=True)]),
+        interleave(both),
+    ]
+    canvas, _ = batch(canvases, pad_id=VOCABULARY.pad_id)
+    t = torch.tensor([0.7, 0.4, 0.9, 0.6, 0.8])[:, None]
+    schedule = by_modality(canvas.modality, text=linear, image=cosine)
+    chance = torch.Generator().manual_seed(3)
+    settings = {"mask_id": VOCABULARY.mask_id, "schedule": schedule, "at_least_one": True, "generator": chance}
+    corrupted = mask(canvas.ids, t, corruptible=canvas.editable, **settings)
+    logits = torch.randn(*canvas.ids.shape, VOCABULARY.size, generator=chance, dtype=torch.float64)
+    expected = []
+    for row, alone in enumerate(canvases):
+        length = len(alone.ids)
+        one = Corrupted(*(part[row : row + 1, :length] for part in corrupted))
+        assert set(one.x_t[0][one.supervised[0]].tolist()) == {VOCABULARY.mask_id}
+        kinds = set(alone.modality[one.supervised[0]].tolist())
+        assert kinds == [{IMAGE}, {TEXT}, {TEXT}, {TEXT}, {TEXT, IMAGE}][row]
+        for kind, own in ((TEXT, linear), (IMAGE, cosine)):
+            here = one.weight[0][one.supervised[0] & (alone.modality == kind)]
+            torch.testing.assert_close(here, own.weight(t[row]).expand(len(here)).to(here))
+        expected.append(denoising_loss(logits[row : row + 1, :length], alone.ids[None], one, "rows"))
+    found = denoising_loss(logits, canvas.ids, corrupted, "rows")
+    torch.testing.assert_close(found, torch.stack(expected).mean())
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +86,22 @@ def build_pictures(
         raise InputError(f"The size of a drawing is {size} pixels: give one from 16 to {_RENDER_SIDE}.")
     for name in styles:
         _require_style(name)
-        _require_package(source, name)
+    finished = {name: _finished(out, name, size) for name in styles}
+    for name, have in finished.items():
+        if have is None:  # a finished archive travels without the packages
+            _require_package(source, name)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The archive {out} can not be made ({error.strerror}): name a directory that can.") from error
     counts = {}
-    for name in styles:
+    for name, have in finished.items():
         style = STYLES[name]
-        if (have := _finished(out, name, size)) is not None:
-            counts[name] = have
-        else:
-            counts[name] = _build_style(out, source, name, size, jobs)
+        counts[name] = _build_style(out, source, name, size, jobs) if have is None else have
         tqdm.write(f"{name:14} {counts[name]:5} drawings   {style.package}   {style.licence}")
-    tqdm.write(f"{'together':14} {sum(counts.values()):5} drawings of {len(load_concepts())} concepts in {out}")
+    whole = sum((out / f"{name}.zip").stat().st_size for name in finished) / 1e6
+    what = f"{sum(counts.values()):5} drawings of {len(load_concepts())} concepts"
+    tqdm.write(f"{'together':14} {what} in {out}, {whole:.1f} MB")
     return counts
 
 
@@ -289,6 +292,8 @@ def _require_package(source: Path, style: str) -> None:
             f"The drawings in the style {style} are not there ({where} is missing): "
             f"fetch the packages with `bash tools/fetch_pictures.sh {source}`."
         )
+    if style != "noto" and find_spec("resvg_py") is None:
+        raise InputError("resvg-py, which renders SVG drawings, is not installed: pip install 'mmdlm[data]'.")
     if style == "noto" and not features.check("raqm"):
         raise InputError("This Pillow can not draw the Noto font (it lacks raqm): install Pillow from PyPI.")
     if not features.check("webp"):

@@ -10,17 +10,23 @@ Shape letters: B pictures, d code channels (bits), h = H/f, w = W/f.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mmdlm.errors import InputError
 from mmdlm.models.convolutional import CellBlock, CodeModulation, ResidualBlock, group_norm
 from mmdlm.models.levels import LAYOUTS, Layout, LevelDecoder, LevelEncoder
 from mmdlm.models.lfq import FiniteScalarQuantizer, LookupFreeQuantizer, Quantized, split_codes
+
+# Bits of a codebook -> FSQ's levels for about as many codes (arXiv 2309.15505, table 1).
+FSQ_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5), 16: (8, 8, 8, 5, 5, 5)}
 
 
 class Reconstruction(NamedTuple):
@@ -104,7 +110,8 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         busy_entropy: the entropy terms count only cells with something in them. Where most of a picture is a flat
             background, evenness over all cells cannot be had, and asking for it leaves most codes unused.
         code_modulation: MAGVIT-v2's adaptive GroupNorm in the decoder.
-        quantizer: "lfq", or "fsq" with `fsq_levels` (vector-quantize-pytorch's finite scalar quantisation).
+        quantizer: "lfq", or "fsq" (vector-quantize-pytorch's finite scalar quantisation) with `fsq_levels`; None for
+            those that its paper gives for about 2^codebook_bits codes (FSQ_LEVELS).
         entropy_temperature, entropy_group_bits, bit_order: see `mmdlm.models.lfq`.
     """
 
@@ -141,11 +148,12 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
             self.quantize = LookupFreeQuantizer(
                 codebook_bits, temperature=entropy_temperature, group_bits=entropy_group_bits, order=bit_order
             )
-        elif quantizer == "fsq" and fsq_levels:
-            self.quantize = FiniteScalarQuantizer(list(fsq_levels))
+        elif quantizer == "fsq" and (fsq_levels or codebook_bits in FSQ_LEVELS):
+            self.quantize = FiniteScalarQuantizer(list(fsq_levels or FSQ_LEVELS[codebook_bits]))
         else:
             raise ValueError(
-                f"quantizer is {quantizer!r} with fsq_levels {fsq_levels}, expected 'lfq', or 'fsq' with levels"
+                f"quantizer is {quantizer!r} with fsq_levels {fsq_levels} and codebook_bits {codebook_bits}, expected "
+                f"'lfq', or 'fsq' with levels or {', '.join(map(str, FSQ_LEVELS))} bits"
             )
         bits = self.quantize.bits
         if code_factors is not None and sum(code_factors) != bits:
@@ -221,6 +229,34 @@ def busy_cells(pixels: Tensor, side: int, least: float = 0.02) -> Tensor:
     spread = F.max_pool2d(pixels, side) + F.max_pool2d(-pixels, side)
     busy = spread.amax(1) >= least
     return busy if bool(busy.any()) else torch.ones_like(busy)
+
+
+def saved_tokenizer(directory: str | Path) -> LFQTokenizer:
+    """The tokenizer that was saved in `directory`; InputError where there is none, another one, or a broken one.
+
+    A name that is no directory is never looked up on the Hub, as `from_pretrained` alone would.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise InputError(
+            f"{directory} holds no visual tokenizer, expected a directory with config.json and safetensors: give "
+            "RUN/visual_tokenizer or MODEL/visual_tokenizer."
+        )
+    try:
+        kind = LFQTokenizer.load_config(directory).get("_class_name", "LFQTokenizer")
+        if kind != "LFQTokenizer":
+            raise InputError(f"{directory} holds a {kind}, expected an LFQTokenizer: give another tokenizer.")
+        found, said = LFQTokenizer.from_pretrained(
+            directory, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        missing = said["missing_keys"]  # which diffusers starts at random, with a warning
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, {sorted(missing)[0]} for one")
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".:")
+        raise InputError(f"The visual tokenizer in {directory} is broken ({why}): copy or train it again.") from error
+    return found
 
 
 def _published_layout(name: str, stem_patch: int, cell_encoder: bool, code_modulation: bool) -> Layout:

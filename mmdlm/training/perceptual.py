@@ -13,9 +13,10 @@ class PerceptualDistance(nn.Module):
     """Mean squared distance of unit-length features at every stage of a frozen timm network.
 
     Args:
-        model: a timm name with weights at hand ("vgg16.tv_in1k"), or "name@/path/to/weights.safetensors".
+        model: a timm name whose weights are in the Hub's cache ("vgg16.tv_in1k"), or "name@/path/to/file.safetensors".
 
-    Raises InputError where no name is given: random features would be a silent substitute for perception.
+    Raises InputError where no name is given (random features would be a silent substitute for perception), and where
+    the weights are not at hand: nothing is downloaded.
     """
 
     mean: Tensor
@@ -28,8 +29,18 @@ class PerceptualDistance(nn.Module):
                 "perceptual_weight is above 0 but perceptual_model is empty: name a timm network with weights"
             )
         import timm
+        from huggingface_hub import try_to_load_from_cache
 
         name, _, path = model.partition("@")
+        published = None if path else timm.get_pretrained_cfg(name)
+        if not path and not any(
+            isinstance(try_to_load_from_cache(published.hf_hub_id, file), str)
+            for file in ("model.safetensors", "pytorch_model.bin")
+            if published and published.hf_hub_id
+        ):
+            raise InputError(
+                f"perceptual_model {model!r} has no weights in the Hub's cache: give NAME@PATH of its safetensors file."
+            )
         source = {"pretrained_cfg_overlay": {"file": path}} if path else {}
         try:
             network = timm.create_model(name, pretrained=True, features_only=True, **source)

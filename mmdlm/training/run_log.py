@@ -10,10 +10,7 @@ from pathlib import Path
 
 
 class RunLog:
-    """Appends metrics to `<run>/metrics.jsonl` and prints them; silent where `enabled` is False (other processes).
-
-    X
-    """
+    """Appends metrics to `<run>/metrics.jsonl` and prints them; silent where `enabled` is False (other processes)."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,22 @@ def test_build_renders_resumes_and_repeats(packages: Path, tmp_path: Path):
     build_pictures(out, source=packages, styles=("twemoji",), size=48, jobs=1)
     assert Drawings(out, ["twemoji"]).size == 48
     assert not list(out.glob("*.part"))
+
+
+def test_a_finished_archive_travels_without_its_packages(
+    packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    out, styles = tmp_path / "out", ("twemoji", "openmoji")
+    build_pictures(out, source=packages, styles=styles, size=32, jobs=1)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)  # as where it is not installed
+    capsys.readouterr()
+    assert build_pictures(out, source=tmp_path / "nowhere", styles=styles, size=32) == {"twemoji": 1, "openmoji": 1}
+    said = capsys.readouterr().out
+    assert "1 drawings   npm @twemoji/svg 15.0.0   CC-BY-4.0, Copyright Twitter" in said and "CC-BY-SA-4.0" in said
+    assert "2 drawings of 1179 concepts in " in said and said.endswith(" MB\n")
+    with pytest.raises(InputError, match=r"resvg-py, which renders SVG drawings, is not installed: pip install"):
+        build_pictures(out, source=packages, styles=styles, size=48)
+    assert Drawings(out, styles).size == 32
 
 
 @pytest.mark.skipif(not NOTO.is_file(), reason="needs Debian's fonts-noto-color-emoji")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from mmdlm.errors import InputError
 from mmdlm.models.lfq import entropies
-from mmdlm.models.visual_tokenizer import CodeModulation, LFQTokenizer, busy_cells
+from mmdlm.models.visual_tokenizer import CodeModulation, LFQTokenizer, busy_cells, saved_tokenizer
+from mmdlm.models.vq_tokenizer import VQTokenizer
 
 TINY = {"codebook_bits": 6, "encoder_blocks": 1, "decoder_blocks": 1}
 
@@ -80,9 +84,12 @@ def test_the_bit_order_only_renames_codes():
     assert torch.equal(big.decode(big.encode(picture)), little.decode(little.encode(picture)))
 
 
-def test_finite_scalar_quantisation_by_one_word(tmp_path: Path):
-    tokenizer = tiny(quantizer="fsq", fsq_levels=(5, 4, 3))
-    assert tokenizer.codebook_size == 60
+@pytest.mark.parametrize(
+    ("settings", "codes"), [({"fsq_levels": (5, 4, 3)}, 60), ({"codebook_bits": 10}, 1000), ({"codebook_bits": 8}, 240)]
+)
+def test_finite_scalar_quantisation_by_one_word(settings: dict[str, Any], codes: int, tmp_path: Path):
+    tokenizer = tiny(quantizer="fsq", **settings)
+    assert tokenizer.codebook_size == codes
     picture = pixels(1, 3, 16, 16)
     codes = tokenizer.encode(picture)
     tokenizer.save_pretrained(tmp_path)
@@ -106,8 +113,8 @@ def test_a_size_that_does_not_fit_is_an_error(height: int, width: int):
 def test_settings_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match="encoder_widths has 2 levels and decoder_widths 1"):
         tiny(decoder_widths=(8,))
-    for wrong in ({"quantizer": "vq"}, {"quantizer": "fsq"}):
-        with pytest.raises(ValueError, match="expected 'lfq', or 'fsq' with levels"):
+    for wrong in ({"quantizer": "vq"}, {"quantizer": "fsq", "codebook_bits": 9}):
+        with pytest.raises(ValueError, match="expected 'lfq', or 'fsq' with levels or 8, 10, 12, 14, 16 bits"):
             tiny(**wrong)
     with pytest.raises(ValueError, match=r"expected \[0, 63\]"):
         tiny().decode(torch.full((1, 4, 4), 64))
@@ -162,3 +169,30 @@ def test_busy_entropy_counts_busy_cells_only():
     found = tokenizer(picture).quantized.entropies
     z = tokenizer.encoder(picture)[:, :, :, 0].movedim(1, -1).flatten(0, 1)
     torch.testing.assert_close(found, entropies(z, 0.5))
+
+
+def test_a_directory_without_a_whole_tokenizer_is_one_sentence(tmp_path: Path):
+    tokenizer = tiny()
+    tokenizer.save_pretrained(tmp_path / "own")
+    assert torch.equal(saved_tokenizer(tmp_path / "own").decoder.out.weight, tokenizer.decoder.out.weight)
+    VQTokenizer().save_pretrained(tmp_path / "vq")
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        with pytest.raises(InputError, match=f"{name} holds no visual tokenizer, expected a directory with config.json"):
+            saved_tokenizer(tmp_path / name)
+    with pytest.raises(InputError, match="google/magvit holds no visual tokenizer"):  # a name on the Hub, perhaps
+        saved_tokenizer("google/magvit")
+    with pytest.raises(InputError, match="vq holds a VQTokenizer, expected an LFQTokenizer"):
+        saved_tokenizer(tmp_path / "vq")
+    file = tmp_path / "own" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop("decoder.out.weight")
+    save_file(weights, file)
+    with pytest.raises(InputError, match=r"is broken \(1 weights are missing, decoder.out.weight for one\): copy"):
+        saved_tokenizer(tmp_path / "own")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"own is broken \(.*\): copy or train it again"):
+        saved_tokenizer(tmp_path / "own")
+    file.unlink()
+    with pytest.raises(InputError, match=r"own is broken \(.*\): copy or train it again"):
+        saved_tokenizer(tmp_path / "own")

@@ -11,6 +11,7 @@ from PIL import Image
 from mmdlm.data.picture_batches import open_batches
 from mmdlm.errors import InputError
 from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.pipelines import TextToImage
 from mmdlm.training.run_log import read_metrics
 
 TINY = [
@@ -92,3 +93,17 @@ def test_training_goes_on_from_a_published_layout_which_cannot_grow(run, picture
     assert torch.equal(made.encode(pixels), known.eval().encode(pixels))
     with pytest.raises(InputError, match="has the layout magvitv2 and the quantizer lfq, expected patched"):
         run("tokenizers/train_lfq", *settings, f"out={tmp_path / 'more'}", "grow={codebook_bits: 8}")
+
+
+def test_finite_scalar_quantisation_is_one_word_and_a_predictor_learns_its_codes(
+    run, world: Path, tiny_supervised: list[str], tmp_path: Path
+):
+    steps = ["max_train_steps=2", "checkpointing_steps=2", "validation_steps=2", f"data={world}", "logging_steps=1"]
+    model = "model={quantizer: fsq, codebook_bits: 8, encoder_widths: [8, 8], decoder_widths: [8, 8]}"
+    few = ["concepts=16", "train_batch_size=2", "validation_pictures=2"]
+    run("tokenizers/train_lfq", *steps, *few, model, f"out={tmp_path / 'tokenizer'}")
+    tokenizer = tmp_path / "tokenizer" / "visual_tokenizer"
+    run("train/supervised", *tiny_supervised, *steps, f"tokenizer={tokenizer}", f"out={tmp_path / 'predictor'}")
+    pipe = TextToImage.from_pretrained(tmp_path / "predictor" / "pipeline")
+    assert pipe.processor.vocabulary.image_size == 240 and pipe.model.config.code_bits == 0
+    assert pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].size == (64, 64)
