@@ -23,7 +23,8 @@ Picture = str | Path | bytes | Image.Image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 FITS = ("pad", "crop", "squash")  # how a picture becomes a square, see `fit_square`
 LARGEST_PICTURE = 64 * 2**20  # pixels; a decompression bomb states its size before it is unpacked
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's readers raise on bad files
+# What Pillow's readers raise on bad files: IndexError its GIF, RuntimeError its AVIF.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error)
 
 
 def fit_square(picture: Image.Image, side: int, fit: str = "pad") -> Image.Image:
@@ -63,13 +64,14 @@ def load_image(picture: Picture, *, largest: int = LARGEST_PICTURE) -> Image.Ima
                 f"{name} has {width} x {height} pixels, expected at most {largest / 2**20:.3g} megapixels: "
                 "scale it down first."
             )
-        # A phone's MPO is a JPEG with a second, smaller view behind it; its first picture is the picture.
-        if getattr(opened, "is_animated", False) and opened.format != "MPO":
-            raise InputError(
-                f"{name} is animated or has several pages, expected one still picture: "
-                "save the frame you mean as a PNG."
-            )
         try:
+            # To count frames is to read on: here a GIF shows that it was cut behind its first one. A phone's MPO is a
+            # JPEG with a second, smaller view behind it; its first picture is the picture.
+            if getattr(opened, "is_animated", False) and opened.format != "MPO":
+                raise InputError(
+                    f"{name} is animated or has several pages, expected one still picture: "
+                    "save the frame you mean as a PNG."
+                )
             opened.load()
             return _upright_rgb(opened, name)
         except InputError:

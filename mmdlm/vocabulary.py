@@ -1,7 +1,8 @@
 """One id space for text and pictures: text ids, special ids, image codes. The only file that adds or subtracts offsets.
 
 [0, text_size)                            text and special ids, as the text tokenizer gives them
-[text_size, image_start)                  unused rows (a published model may pad its embedding)
+[text_size, image_start)                  unused rows (a published model may pad its embedding); one of them may be the
+                                          mask of a model that was born without, or another special id
 [image_start, image_start + image_size)   image codes, shifted by image_start
 [size, rows)                              unused rows again, where a published model pads the whole table
 """
@@ -22,7 +23,8 @@ _SPECIAL = ("mask_id", "bos_id", "eos_id", "pad_id", "boi_id", "eoi_id", "draw_i
 class Vocabulary:
     """Where each kind of id lies. A special id is -1 where a published model has none; every model has a mask.
 
-    Raises ValueError when the parts overlap or a special id is no text id.
+    Raises ValueError when the parts overlap, when a special id is not below image_start, and when the mask is another
+    special id, too.
     """
 
     text_size: int  # ids [0, text_size): text and special ids, the length of the text tokenizer

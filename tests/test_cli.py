@@ -208,6 +208,14 @@ def test_material_that_is_not_there_and_a_place_that_is_none(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"vocab": {"a": 0}}}', '{"model": {"voc', None])
+def test_a_broken_text_tokenizer_is_one_sentence_to_validate(tmp_path, content, picture):
+    (tmp_path / "processor").mkdir()
+    if content is not None:
+        (tmp_path / "processor" / "tokenizer.json").write_text(content)
+    assert "tokenizer" in refused("data", "validate", picture.parent, "--model", tmp_path)
+
+
 def test_text_of_a_model_never_steers_the_terminal():
     assert _one_line("a red\n apple\x1b[2J\x07") == "a red apple\ufffd[2J\ufffd"
 

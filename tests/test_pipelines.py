@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -223,6 +225,9 @@ def spoil(directory: Path, how: str) -> str:
     if how == "foreign code":
         index.write_text(json.dumps({**content, "processor": ["os", "system"]}))
         return "expected one of mmdlm's classes"
+    if how == "no class":
+        index.write_text(json.dumps({**content, "model": ["mmdlm.models.mask_predictor", 7]}))
+        return "expected one of mmdlm's classes"
     if how == "another format":
         index.write_text(json.dumps({**content, "_mmdlm_format": 99}))
         return "another version of mmdlm .format 99"
@@ -239,6 +244,8 @@ def spoil(directory: Path, how: str) -> str:
     if how == "empty weights":
         weights.write_bytes(b"")
         return "broken or cut short"
+    if " of " in how:
+        return spoil_json(directory, *how.split(" of "))
     tensors = load_file(weights)
     if how == "weight missing":
         tensors.pop("bits_in")
@@ -251,11 +258,51 @@ def spoil(directory: Path, how: str) -> str:
     return "does not fit this version" if how == "another shape" else "was saved by another version: 1 weights"
 
 
+def spoil_json(directory: Path, how: str, file: str) -> str:
+    """The same for one JSON file of a component."""
+    path = directory / file
+    content = json.loads(path.read_text())
+    if how == "first half":
+        path.write_text(path.read_text()[: path.stat().st_size // 2])
+        return f"{file} cannot be read as JSON"
+    if how == "bytes":
+        path.write_bytes(b"\xff\xfe\x00")
+        return f"{file} cannot be read as JSON"
+    if how == "list":
+        path.write_text("[]")
+        return f"{file} holds a list, expected a table"
+    if how == "nothing":
+        path.write_text("{}")
+        return "no words in model.vocab" if path.name == "tokenizer.json" else "does not fit|got no vocabulary"
+    if how == "no words":
+        content["model"]["vocab"] = {}
+        words = "no words in model.vocab"
+    elif how == "no merges":
+        del content["model"]["merges"]
+        words = "does not fit this version of mmdlm"
+    elif how == "no model_type":
+        del content["trunk"]["model_type"]
+        words = "has a trunk without a model_type"
+    elif how == "no width":
+        content["trunk"]["hidden_size"] = None
+        words = "does not fit this version of mmdlm .Validation error for field 'hidden_size'"
+    elif how == "no table":
+        content["vocabulary"] = [1]
+        words = "does not fit this version of mmdlm"
+    else:
+        assert how == "odd word"
+        content["pad_token"] = {"a": 1}
+        words = "does not fit this version of mmdlm .Special token pad_token"
+    path.write_text(json.dumps(content))
+    return words
+
+
 BROKEN = [
     "no index",
     "index is no JSON",
     "another family",
     "foreign code",
+    "no class",
     "another format",
     "no component",
     "pickle",
@@ -264,6 +311,16 @@ BROKEN = [
     "weight missing",
     "weight unknown",
     "another shape",
+    *(f"{how} of {file}" for how in ("first half", "bytes", "list", "nothing") for file in (
+        "model/config.json", "processor/processor_config.json", "processor/tokenizer.json",
+    )),
+    *(f"{how} of processor/tokenizer_config.json" for how in ("first half", "list", "odd word")),
+    *(f"{how} of visual_tokenizer/config.json" for how in ("first half", "list")),
+    "no words of processor/tokenizer.json",
+    "no merges of processor/tokenizer.json",
+    "no model_type of model/config.json",
+    "no width of model/config.json",
+    "no table of processor/processor_config.json",
 ]
 
 
@@ -273,6 +330,30 @@ def test_a_broken_model_directory_is_one_sentence(copy, how):
     with pytest.raises(InputError, match=words) as raised:
         TextToImage.from_pretrained(copy)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("part", ["", "model", "visual_tokenizer", "processor"])
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+def test_a_directory_that_may_not_be_read(copy, part, mode):
+    (copy / part).chmod(mode)
+    try:
+        with pytest.raises(InputError, match="may not be read by you: change its permissions"):
+            check_model_directory(copy)
+    finally:
+        (copy / part).chmod(0o700)
+
+
+def test_a_bug_while_loading_stays_a_bug(copy, monkeypatch):
+    class OddError(Exception):
+        pass
+
+    def broken(*_, **__):
+        raise OddError
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", broken)
+    with pytest.raises(OddError):
+        TextToImage.from_pretrained(copy)
 
 
 def test_a_directory_that_is_not_there(tmp_path):

@@ -140,6 +140,7 @@ def giant_png(width: int, height: int) -> bytes:
 def bad_pictures() -> dict[str, tuple[bytes, str]]:
     still = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     frames = {"save_all": True, "append_images": [Image.new("RGB", (64, 64), "blue")]}
+    unfinished = encoded(still, "GIF")[:-1]  # without the byte that ends it: what follows begins a second frame
     return {
         "empty.png": (b"", "is empty"),
         "words.png": (b"this is no picture", "is no picture that can be read"),
@@ -148,6 +149,9 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
         "cut.jpg": (encoded(still, "JPEG")[:900], "broken or cut short"),
         "huge.png": (giant_png(10_000, 10_000), "expected at most 64 megapixels"),
         "bomb.png": (giant_png(60_000, 60_000), "expected at most 64 megapixels"),
+        "cut.gif": (unfinished + b"!\xf9\x04", "broken or cut short"),
+        "control.gif": (unfinished + b"!\xf9\x01\x00\x00", "broken or cut short"),
+        "frame.gif": (unfinished + b",\x00\x00", "broken or cut short"),
         "moving.gif": (encoded(still, "GIF", **frames), "animated"),
         "moving.webp": (encoded(still, "WEBP", **frames), "animated"),
         "pages.tiff": (encoded(still, "TIFF", **frames), "several pages"),
@@ -165,6 +169,15 @@ def test_a_bad_picture_is_one_sentence(tmp_path, name):
     assert name in str(raised.value) and "\n" not in str(raised.value)
     with pytest.raises(InputError, match=words):
         load_image(content)
+
+
+def test_a_hollow_avif_is_one_sentence():
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow writes no AVIF")
+    head, data = encoded(Image.linear_gradient("L"), "AVIF").split(b"mdat")
+    with pytest.raises(InputError, match="broken or cut short"):
+        load_image(head + b"mdat" + bytes(len(data)))
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path):

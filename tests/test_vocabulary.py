@@ -46,6 +46,13 @@ def test_ids_are_integers(values):
         SMALL.image_ids(values)
 
 
+def test_a_special_id_may_lie_in_the_unused_rows_behind_the_text():
+    # Qwen3 has no mask word: its first unused row becomes one.
+    assert replace(SMALL, mask_id=20, boi_id=23).mask_id == 20
+    with pytest.raises(ValueError, match="boi_id is 24, expected an id below image_start 24, or -1 for none"):
+        replace(SMALL, boi_id=24)
+
+
 def test_it_travels_through_json():
     assert Vocabulary.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
     with pytest.raises(ValueError, match="missing: mask_id; unknown: masc_id"):

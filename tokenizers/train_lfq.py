@@ -40,9 +40,9 @@ from mmdlm.models.discriminator import (
     warm_start,
 )
 from mmdlm.models.growing import GROWING, grow_tokenizer
-from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.models.visual_tokenizer import LFQTokenizer, saved_tokenizer
 from mmdlm.training.arguments import config_from_arguments, run_program
-from mmdlm.training.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
+from mmdlm.training.checkpoints import WeightAverage, check_same_weights, load_checkpoint, save_checkpoint
 from mmdlm.training.codebook import advice, draw_dashboard, use_of_codes
 from mmdlm.training.run_log import RunLog, plot_curves
 
@@ -238,7 +238,7 @@ def main(arguments: list[str]) -> None:
 
     model = LFQTokenizer(**vars(config.model))
     bits = config.model.codebook_bits if config.model.quantizer == "lfq" else None
-    known = LFQTokenizer.from_pretrained(config.init_from) if config.init_from else None
+    known = saved_tokenizer(config.init_from) if config.init_from else None
     if known:
         if config.grow:
             grow_tokenizer(known, model)
@@ -262,6 +262,10 @@ def main(arguments: list[str]) -> None:
     restored = load_checkpoint(out, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
     if restored:
         weights, state, meta = restored
+        expected = {"model": model.state_dict(), "average": average.state}
+        if discriminator:
+            expected["discriminator"] = discriminator.state_dict()
+        check_same_weights(weights, expected, out)
         model.load_state_dict(weights["model"])
         average.state = weights["average"]
         optimizer.load_state_dict(state["optimizer"])

@@ -19,7 +19,7 @@ import torch
 from mmdlm.data.scenes import PictureWorld
 from mmdlm.errors import InputError
 from mmdlm.models.growing import first_bits, grown_predictor
-from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.models.visual_tokenizer import saved_tokenizer
 from mmdlm.pipelines import TextToImage
 from mmdlm.processing import MMDLMProcessor
 from mmdlm.training.arguments import config_from_arguments, run_program
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     if Path(config.out).exists():
         raise InputError(f"{config.out} is there already, expected a new directory: give another out.")
     pipe = TextToImage.from_pretrained(config.model)
-    tokenizer = LFQTokenizer.from_pretrained(config.tokenizer) if config.tokenizer else pipe.visual_tokenizer
+    tokenizer = saved_tokenizer(config.tokenizer) if config.tokenizer else pipe.visual_tokenizer
     before, after = (each.config["codebook_bits"] for each in (pipe.visual_tokenizer, tokenizer))
     if after < before or tokenizer.config["bit_order"] != pipe.visual_tokenizer.config["bit_order"]:
         raise InputError(f"The tokenizer has {after} bits, the model's {before}: expected one that was grown from it.")

@@ -4,7 +4,7 @@
 
 `tokenizer` is one whose decoder alone was trained on meanwhile (`train_encoder: false`): the predictor's codes stay
 what they are. The words of its training that a run keeps beside the model (rehearsal.jsonl) go with it. The directory
-is written beside its place and renamed, so a failure leaves the old one.
+is written beside its place and renamed, so a failure leaves the old model; nothing but a model is ever replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from mmdlm.errors import InputError
-from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.model_directory import INDEX
+from mmdlm.models.visual_tokenizer import LFQTokenizer, saved_tokenizer
 from mmdlm.pipelines import TextToImage
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.known_words import FILE, read_words, write_words
@@ -46,7 +47,7 @@ class Config:
 
 def with_its_codes(directory: str, known: LFQTokenizer) -> LFQTokenizer:
     """The tokenizer saved in `directory`; InputError unless its encoder, in half precision, is that of `known`."""
-    found = LFQTokenizer.from_pretrained(directory)
+    found = saved_tokenizer(directory)
     ours, theirs = ({n: v.half() for n, v in each.encoder.state_dict().items()} for each in (found, known))
     same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
     if not same or any(found.config[name] != known.config[name] for name in ("quantizer", "bit_order")):
@@ -57,8 +58,28 @@ def with_its_codes(directory: str, known: LFQTokenizer) -> LFQTokenizer:
     return found
 
 
+def replace(out: Path, place: Path) -> None:
+    """Gives the directory `place` the name `out`; what stood there is removed after that, and put back on failure."""
+    aside = Path(tempfile.mkdtemp(prefix=".old-", dir=out.parent))
+    try:
+        if os.path.lexists(out):
+            os.replace(out, aside / out.name)
+        os.replace(place, out)
+    except BaseException:
+        if os.path.lexists(aside / out.name) and not os.path.lexists(out):
+            os.replace(aside / out.name, out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def main(arguments: list[str]) -> None:
     config = config_from_arguments(Config, arguments, program=__file__)
+    out = Path(os.path.abspath(config.out))
+    if out.exists() and not (out / INDEX).is_file() and any(out.iterdir()):
+        raise InputError(f"{out} is no model directory, it has no {INDEX}: give a new out, for it would be replaced.")
+    if config.card and not Path(config.card).is_file():
+        raise InputError(f"card is {config.card}, expected a Markdown file, and there is none: check the path.")
     pipeline = TextToImage.from_pretrained(config.model)
     if config.tokenizer:
         pipeline.register_modules(visual_tokenizer=with_its_codes(config.tokenizer, pipeline.visual_tokenizer))
@@ -83,7 +104,6 @@ def main(arguments: list[str]) -> None:
         },
     }
     pipeline.to(torch.float16)
-    out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=".writing-", dir=out.parent))
     try:
@@ -97,16 +117,14 @@ def main(arguments: list[str]) -> None:
             write_words(place, read_words(Path(config.model)))
         if config.card:
             shutil.copyfile(config.card, place / "README.md")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(place, out)
-        out.chmod(0o755)  # what mkdtemp and safetensors write is for their owner alone
-        for path in out.rglob("*.safetensors"):
+        place.chmod(0o755)  # what mkdtemp and safetensors write is for their owner alone
+        for path in place.rglob("*.safetensors"):
             path.chmod(0o644)
+        replace(out, place)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
-    print(f"{out}: {size / 2**20:.1f} MiB of safetensors")
+    print(f"{config.out}: {size / 2**20:.1f} MiB of safetensors")
 
 
 if __name__ == "__main__":

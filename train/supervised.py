@@ -29,12 +29,12 @@ from mmdlm.assets import shipped_model
 from mmdlm.config import save_config
 from mmdlm.data.coded_sources import folder_hash, open_sources
 from mmdlm.errors import InputError
-from mmdlm.model_directory import model_hash, read_presets
+from mmdlm.model_directory import check_model_directory, model_hash, read_presets
 from mmdlm.models.adapters import add_lora, save_adapter
 from mmdlm.models.mask_predictor import MaskPredictor, MaskPredictorConfig
 from mmdlm.models.new_words import add_new_words, processor_with, settle_new_words
 from mmdlm.models.packed_attention import attend_by_document
-from mmdlm.models.visual_tokenizer import LFQTokenizer
+from mmdlm.models.visual_tokenizer import LFQTokenizer, saved_tokenizer
 from mmdlm.pipelines import DEFAULT_PRESETS, TextToImage
 from mmdlm.pipelines.run_samples import save_samples, set_lengths
 from mmdlm.processing import MMDLMProcessor
@@ -131,8 +131,9 @@ def main(arguments: list[str]) -> None:
     config = config_from_arguments(Config, arguments, program=__file__)
     if not config.full and not config.init_from:
         config.init_from = str(shipped_model())
-    if config.init_from and not config.tokenizer:
-        config.tokenizer = str(Path(config.init_from) / "visual_tokenizer")
+    if config.init_from:
+        check_model_directory(Path(config.init_from))
+        config.tokenizer = config.tokenizer or str(Path(config.init_from) / "visual_tokenizer")
     for name in ("data", "tokenizer"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give {name}=DIR, or init_from=MODEL, which has a tokenizer.")
@@ -206,7 +207,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     out, main_process = Path(config.out), accelerator.is_main_process
 
     # 1. Pictures as codes, words as ids.
-    tokenizer = LFQTokenizer.from_pretrained(config.tokenizer).to(device).eval()
+    tokenizer = saved_tokenizer(config.tokenizer).to(device).eval()
     known = None
     if config.init_from:  # the words' ids must stay those that the weights were trained on
         known = MMDLMProcessor.from_pretrained(Path(config.init_from) / "processor")
@@ -254,8 +255,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     peaks = build_optimizers(model, config)
     restored = checkpoints.load_checkpoint(out, config.resume_from_checkpoint)
     if restored:
-        if restored[0]["model"].keys() != checkpoints.trained_state(model).keys():
-            raise InputError(f"the checkpoint in {out} trains other weights than these settings: choose another out")
+        checkpoints.check_same_weights(restored[0], {"model": checkpoints.trained_state(model)}, out)
         model.load_state_dict(restored[0]["model"], strict=config.full)
     if main_process and not restored:  # what would spoil the run in silence; before any weight is spread
         presets = read_presets(Path(config.init_from), DEFAULT_PRESETS) if config.init_from else DEFAULT_PRESETS

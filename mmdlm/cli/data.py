@@ -52,14 +52,20 @@ def validate(
     from mmdlm.data.cleaning import write_clean
     from mmdlm.data.validation import validate as validated
     from mmdlm.data.validation import written
+    from mmdlm.model_directory import check_tokenizer
     from mmdlm.picture_files import check_writable, write_whole
 
     if json_file is not None:
         check_writable(json_file, ".json")
     words = (Path(model) if model else shipped_model()) / "processor" / "tokenizer.json"
-    if not words.is_file():
+    if not os.path.isfile(words):  # False where Path would raise: no right to look
         raise InputError(f"{words} is missing, expected the text tokenizer of a model directory: check --model.")
-    tokenizer = Tokenizer.from_file(str(words))
+    check_tokenizer(words)
+    try:
+        tokenizer = Tokenizer.from_file(str(words))
+    except Exception as error:  # the tokenizers package raises bare exceptions
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{words} is no tokenizer that can be read ({reason}): copy or download it again.") from error
     report = validated(
         source, held_out=held_out, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
     )

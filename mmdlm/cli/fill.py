@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdlm import __version__
 from mmdlm.cli.loading import (
     AdapterOption,
     DeviceOption,
@@ -16,6 +15,7 @@ from mmdlm.cli.loading import (
     QuietOption,
     StepsOption,
     load_pipeline,
+    model_facts,
 )
 from mmdlm.cli.watching import (
     ConfidenceOption,
@@ -103,7 +103,7 @@ def fill(
         check_writable(path, ".png")
     if output is None and (animation or frames or confidence):
         raise InputError("There is no picture to watch, only words are filled: give -o to draw one.")
-    check_watching(animation, frames, confidence, replay)
+    check_watching(paths, animation, frames, confidence, replay)
     rule = parsed_policy(policy)
     played = recording(replay)
     pipe = load_pipeline("Fill", model, device, quiet, quantize, adapter=adapter)
@@ -135,9 +135,15 @@ def fill(
     files: dict[Path, bytes] = {}
     columns = square_side(count)
     if out.images is not None:
-        files = _pictures(out, paths, columns, facts, seed) | watched_files(films, columns, animation, frames)
+        alone = [
+            {**facts, "seed": seed + row, **({"filled_text": out.texts[row]} if out.texts else {})}
+            for row in range(count)
+        ]
+        of_all = {**facts, "pictures": count} if count > 1 else alone[0]
+        files = _pictures(out.images, paths, columns, alone, of_all)
+        files |= watched_files(films, columns, animation, frames, of_all)
         if confidence is not None:
-            files[confidence] = confidence_sheet(out.confidence, columns, pipe.processor.image_size)
+            files[confidence] = confidence_sheet(out.confidence, columns, pipe.processor.image_size, of_all)
     if played is not None and not played.playing:
         files[played.path] = played.content()
     if frames is not None:
@@ -147,17 +153,15 @@ def fill(
     _report(out, [path for path in files if frames is None or path.parent != frames], seed)
 
 
-def _pictures(out: Any, paths: list[Path], columns: int, facts: dict[str, object], seed: int) -> dict[Path, bytes]:
+def _pictures(
+    images: list[Any], paths: list[Path], columns: int, alone: list[dict[str, object]], of_all: dict[str, object]
+) -> dict[Path, bytes]:
     """Every picture as a PNG with where it came from, or all on one sheet where there is one path for them."""
     from mmdlm.picture_files import png, sheet
 
-    if len(paths) < len(out.images):
-        return {paths[0]: png(sheet(out.images, columns), {**facts, "pictures": len(out.images)})}
-    files = {}
-    for row, path in enumerate(paths):
-        said = {"filled_text": out.texts[row]} if out.texts else {}
-        files[path] = png(out.images[row], {**facts, "seed": seed + row, **said})
-    return files
+    if len(paths) < len(images):
+        return {paths[0]: png(sheet(images, columns), of_all)}
+    return {path: png(image, told) for path, image, told in zip(paths, images, alone, strict=True)}
 
 
 def _report(out: Any, written: list[Path], seed: int) -> None:
@@ -172,17 +176,12 @@ def _report(out: Any, written: list[Path], seed: int) -> None:
 
 
 def _facts(pipe: Any, steps: int | None, guidance: float | None, policy: str | None) -> dict[str, object]:
-    from mmdlm.model_directory import model_hash
-    from mmdlm.models.adapters import adapter_facts
-
     preset = pipe.presets["draw"]
     return {
         "steps": preset["num_inference_steps"] if steps is None else steps,
         "guidance_scale": float(preset["guidance_scale"] if guidance is None else guidance),
         **({} if policy is None else {"policy": policy}),
-        "model_hash": model_hash(Path(pipe.name_or_path)),
-        **adapter_facts(pipe.model),
-        "mmdlm_version": __version__,
+        **model_facts(pipe),
     }
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, load_pipeline
+from mmdlm.cli.loading import DeviceOption, ModelOption, QuietOption, load_pipeline, model_facts
 from mmdlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def finetune(
 
     pipe = load_pipeline("TextToImage", run / "pipeline" if full else base, device, True, adapter=None if full else run)
     after = _measured(pipe, sets, run / "after", quiet)
-    _report(run, sets, before, after, full, base if model is not None else None)
+    _report(run, sets, before, after, full, base if model is not None else None, model_facts(pipe))
 
 
 def merge(
@@ -318,8 +318,10 @@ def _measured(pipe: Any, sets: dict[str, PairedData], place: Path, quiet: bool) 
         if measured is None:
             if not quiet:
                 typer.echo(f"measuring {place.name}: {min(len(data), MEASURED)} pictures {name}")
-            measured = measure(pipe, read, [data[n] for n in range(min(len(data), MEASURED))])
-            save_measured(measured, kept)
+            pairs = [data[n] for n in range(min(len(data), MEASURED))]
+            measured = measure(pipe, read, pairs)
+            prompts = [pair.texts[0] for pair in pairs if pair.texts]
+            save_measured(measured, kept, prompts=prompts, facts=model_facts(pipe))
         found[name] = measured
     return found
 
@@ -369,13 +371,14 @@ def _train(run: Path, base: Path, sources: list[str], asked: dict[str, Any], set
 
 
 def _report(
-    run: Path, sets: dict[str, PairedData], before: dict[str, Any], after: dict[str, Any], full: bool, base: Path | None
-) -> None:
-    import io
-
+    run: Path, sets: dict[str, PairedData], before: dict[str, Any], after: dict[str, Any], full: bool,
+    base: Path | None, facts: dict[str, str],
+) -> None:  # fmt: skip
+    """Prints what changed and how to use it; writes the numbers and the sheets, which carry `facts`: of the model after
+    its training."""
     from mmdlm.evaluation.before_after import before_after_sheet, comparison
     from mmdlm.evaluation.result_files import write_json
-    from mmdlm.picture_files import write_whole
+    from mmdlm.picture_files import png, write_whole
 
     results = {}
     for name, data in sets.items():
@@ -383,9 +386,8 @@ def _report(
         typer.echo(f"\n{name}, {len(pairs)} of {len(data)} pictures")
         for line in comparison(before[name], after[name]):
             typer.echo(line)
-        content = io.BytesIO()
-        before_after_sheet(pairs, before[name], after[name]).save(content, "PNG")
-        write_whole(run / f"before-after-{name.replace(' ', '-')}.png", content.getvalue())
+        content = png(before_after_sheet(pairs, before[name], after[name]), facts)
+        write_whole(run / f"before-after-{name.replace(' ', '-')}.png", content)
         results[name] = {"before": before[name].numbers, "after": after[name].numbers, "pictures": len(pairs)}
     write_json(run / "results.json", results)
     prompt = next(row.texts[0] for row in sets["trained on"].rows if row.texts)

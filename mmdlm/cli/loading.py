@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmdlm import __version__
 from mmdlm.errors import InputError
 
 ModelOption = Annotated[Path | None, typer.Option("--model", help="Model directory; the shipped model if not given.")]
@@ -72,6 +73,15 @@ def load_pipeline(
     # None: tqdm is silent when stderr is no terminal.
     pipe.set_progress_bar_config(disable=True if quiet else None, leave=False)
     return pipe
+
+
+def model_facts(pipe: Any) -> dict[str, str]:
+    """What every picture on disk says of the model it came from: its hash, its adapter's, and our version."""
+    from mmdlm.model_directory import model_hash
+    from mmdlm.models.adapters import adapter_facts
+
+    hashes = {"model_hash": model_hash(Path(pipe.name_or_path)), **adapter_facts(pipe.model)}
+    return hashes | {"mmdlm_version": __version__}
 
 
 def usable_device(device: str | None) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdlm import __version__
 from mmdlm.cli.loading import (
     AdapterOption,
     DeviceOption,
@@ -16,6 +15,7 @@ from mmdlm.cli.loading import (
     QuietOption,
     StepsOption,
     load_pipeline,
+    model_facts,
 )
 from mmdlm.cli.watching import (
     CacheOption,
@@ -98,7 +98,7 @@ def generate(
     paths = [output] if grid else numbered(output, len(wanted))
     for path in paths:
         check_writable(path, ".png")
-    check_watching(animation, frames, confidence, replay)
+    check_watching(paths, animation, frames, confidence, replay)
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     settings |= {"guidance_interval": _interval(interval), "negative_prompt": negative, "cache": parsed_cache(cache)}
     settings |= {"policy": parsed_policy(policy), "replay": recording(replay)}
@@ -121,18 +121,18 @@ def generate(
 
     # One row for each prompt; a single prompt's pictures make a square.
     columns = count if len(prompts) > 1 else square_side(count)
+    together: dict[str, object] = {"prompt": "\n".join(prompts), "seed": seed, "pictures": len(wanted), **facts}
+    alone: list[dict[str, object]] = [{"prompt": candidates[row], "seed": seeds[row], **facts} for row in chosen]
     if grid:
-        together = {"prompt": "\n".join(prompts), "seed": seed, "pictures": len(wanted), **facts}
         files = {output: png(sheet([drawn[row] for row in chosen], columns), together)}
     else:
-        files = {
-            path: png(drawn[row], {"prompt": candidates[row], "seed": seeds[row], **facts})
-            for path, row in zip(paths, chosen, strict=True)
-        }
+        files = {path: png(drawn[row], told) for path, row, told in zip(paths, chosen, alone, strict=True)}
+    of_all = together if grid or len(alone) > 1 else alone[0]
     if films is not None:
-        files |= watched_files([films[row] for row in chosen], columns, animation, frames)
+        files |= watched_files([films[row] for row in chosen], columns, animation, frames, of_all)
     if confidence is not None:
-        files[confidence] = confidence_sheet([sure[row] for row in chosen], columns, pipe.processor.image_size)
+        sheets = [sure[row] for row in chosen]
+        files[confidence] = confidence_sheet(sheets, columns, pipe.processor.image_size, of_all)
     if played is not None and not played.playing:
         files[played.path] = played.content()
     if frames is not None:
@@ -190,15 +190,10 @@ def _facts(
     pipe: TextToImage, steps: int | None, guidance: float | None, told: dict[str, str | None]
 ) -> dict[str, object]:
     """What every PNG carries beside its prompt and seed."""
-    from mmdlm.model_directory import model_hash
-    from mmdlm.models.adapters import adapter_facts
-
     preset = pipe.presets["draw"]
     return {
         "steps": preset["num_inference_steps"] if steps is None else steps,
         "guidance_scale": float(preset["guidance_scale"] if guidance is None else guidance),
         **{name: value for name, value in told.items() if value is not None},
-        "model_hash": model_hash(Path(pipe.name_or_path)),
-        **adapter_facts(pipe.model),
-        "mmdlm_version": __version__,
+        **model_facts(pipe),
     }

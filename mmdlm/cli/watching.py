@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,8 +42,10 @@ CacheOption = Annotated[
 Films = list[list["Image.Image"]]
 
 
-def check_watching(animation: Path | None, frames: Path | None, confidence: Path | None, replay: Path | None) -> None:
-    """Raises InputError unless all that is asked for can be written."""
+def check_watching(
+    pictures: Sequence[Path], animation: Path | None, frames: Path | None, confidence: Path | None, replay: Path | None
+) -> None:
+    """Raises InputError unless all that is asked for can be written, beside each other and beside the `pictures`."""
     from mmdlm.picture_files import check_directory, check_writable
 
     for path, suffix in ((animation, ".gif"), (confidence, ".png")):
@@ -52,6 +55,20 @@ def check_watching(animation: Path | None, frames: Path | None, confidence: Path
         check_directory(frames)
     if replay is not None and not replay.exists():
         check_writable(replay, ".safetensors")
+    asked = [*(("-o", path) for path in pictures), ("--gif", animation), ("--frames", frames),
+             ("--confidence", confidence), ("--replay", replay)]  # fmt: skip
+    taken: dict[Path, str] = {}
+    for option, path in asked:
+        if path is None:
+            continue
+        # Of the folder only: a link is replaced when its name is written, not what it points to.
+        place = path.parent.resolve() / path.name
+        if place in taken:
+            raise InputError(f"{taken[place]} and {option} both write {path}, expected a place for each: rename one.")
+        taken[place] = option
+    for place, option in taken.items():
+        if frames is not None and place.parent == frames.resolve() and re.fullmatch(r"step-\d+\.png", place.name):
+            raise InputError(f"{option} and --frames both write {place}, expected a place for each: rename one.")
 
 
 def recording(path: Path | None) -> Recording | None:
@@ -114,9 +131,12 @@ def keep_frames(films: Films, first_row: int) -> Any:
 
 
 def watched_files(
-    films: Films, columns: int, animation: Path | None, frames: Path | None
+    films: Films, columns: int, animation: Path | None, frames: Path | None, facts: Mapping[str, object]
 ) -> dict[Path, bytes]:
-    """The animation and the frames, a sheet of all rows for each step, as what is to be written."""
+    """The animation and the frames, a sheet of all rows for each step, as what is to be written.
+
+    Every frame carries `facts`, where the pictures came from, and its step.
+    """
     from mmdlm.picture_files import gif, png, sheet
 
     longest = max((len(film) for film in films), default=0)
@@ -126,16 +146,17 @@ def watched_files(
     files = {} if animation is None else {animation: gif(sheets)}
     if frames is not None:
         digits = len(str(longest - 1))
-        files |= {frames / f"step-{step:0{digits}}.png": png(shown, {}) for step, shown in enumerate(sheets)}
+        for step, shown in enumerate(sheets):
+            files[frames / f"step-{step:0{digits}}.png"] = png(shown, {**facts, "step": step})
     return files
 
 
-def confidence_sheet(confidence: Sequence[Any], columns: int, side: int) -> bytes:
-    """PNG of each row's confidences [h, w], as large as its picture."""
+def confidence_sheet(confidence: Sequence[Any], columns: int, side: int, facts: Mapping[str, object]) -> bytes:
+    """PNG of each row's confidences [h, w], as large as its picture, with `facts`, where the pictures came from."""
     from mmdlm.picture_files import heat_map, png, sheet
 
     about = {"about": "probability at which each code was drawn: black 0, through red and yellow, white 1"}
-    return png(sheet([heat_map(row.tolist(), side) for row in confidence], columns), about)
+    return png(sheet([heat_map(row.tolist(), side) for row in confidence], columns), {**facts, **about})
 
 
 def square_side(count: int) -> int:

@@ -57,7 +57,7 @@ def caption(
     """Describe pictures: one line for each."""
     from mmdlm.processing import load_image
 
-    check_watching(None, None, None, replay)
+    check_watching((), None, None, None, replay)
     if best_of > 1 and (replay or pattern or schema):
         raise InputError("--best-of got more than 1 beside a replay or a format, expected one of them: leave one out.")
     pictures, rule, played = [load_image(image) for image in images], parsed_policy(policy), recording(replay)

@@ -11,7 +11,7 @@ picture that its prompt came with is between features of fixed random weights: c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,11 +105,16 @@ def before_after_sheet(
     return labelled_sheet(exhibits, columns=12, side=side)
 
 
-def save_measured(found: Measured, directory: Path) -> None:
-    """Keeps a measurement: a PNG for each drawing, and numbers.json, which is written last."""
+def save_measured(
+    found: Measured, directory: Path, *, prompts: Sequence[str], facts: Mapping[str, object], seed: int = SEED
+) -> None:
+    """Keeps a measurement: a PNG for each drawing, and numbers.json, which is written last.
+
+    Every PNG carries its prompt, its seed (`seed` is that of `measure`) and `facts`: of which model, by which version.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    for n, drawing in enumerate(found.drawings):
-        write_whole(directory / f"{n:04}.png", png(drawing, {}))
+    for n, (drawing, prompt) in enumerate(zip(found.drawings, prompts, strict=True)):
+        write_whole(directory / f"{n:04}.png", png(drawing, {"prompt": prompt, "seed": seed + n, **facts}))
     write_json(directory / "numbers.json", {"numbers": found.numbers, "captions": found.captions})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -25,6 +26,7 @@ from mmdlm.model_directory import (
     model_hash,
     read_presets,
     weight_names,
+    whole_directory,
     write_presets,
 )
 from mmdlm.models.adapters import adapter_directory, adapter_names, load_adapter
@@ -48,6 +50,12 @@ from mmdlm.sequence import Canvas
 Generators = torch.Generator | list[torch.Generator]
 # (pipeline, step, share of places still undecided after it, {"ids": [B, L], ...}) after every step
 StepCallback = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], Any]
+
+# What transformers, diffusers and safetensors raise on files that are whole and say what nobody expects.
+_UNLOADABLE = (
+    ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
 
 # What a directory without generation_config.json, or with a shorter one, is sampled with.
 DEFAULT_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -119,8 +127,11 @@ class MMDLMPipeline(DiffusionPipeline):
             kwargs["model"] = load_predictor(directory / "model", dtype=dtype, quantize=quantize, device_map=device_map)
         try:
             pipe = super().from_pretrained(str(directory), use_safetensors=True, **kwargs)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, InputError):
+        except InputError:
+            raise
+        except Exception as error:
+            # tokenizers raises bare exceptions; every other class that is not named above is a bug and stays one.
+            if not isinstance(error, _UNLOADABLE) and type(error) is not Exception:
                 raise
             raise InputError(
                 f"{directory} does not fit this version of mmdlm ({_first_line(error)}): "
@@ -137,18 +148,24 @@ class MMDLMPipeline(DiffusionPipeline):
         pipe.presets = read_presets(directory, DEFAULT_PRESETS)
         return pipe
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
+    ) -> None:
         """Write the model directory that `from_pretrained` reads: diffusers' layout, safetensors, and the presets.
 
-        Raises InputError while an adapter is in the model: of such a model only the adapter would be written.
+        It is written beside its place and renamed; other files that are there stay. Raises InputError while an adapter
+        is in the model, of which only the adapter would be written, and where `safe_serialization` is False.
         """
+        if not safe_serialization:
+            raise InputError("safe_serialization is False, expected True: no other weights than safetensors are read.")
         if adapter_names(self.model):
             raise InputError(
                 "An adapter is in the model, a model directory holds none: merge_adapter(pipe.model) before saving."
             )
-        super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
-        write_presets(Path(save_directory), self.presets)
-        finish_model_directory(Path(save_directory))
+        with whole_directory(Path(save_directory), variants=variant is not None) as place:
+            super().save_pretrained(str(place), safe_serialization=True, variant=variant, **kwargs)
+            write_presets(place, self.presets)
+            finish_model_directory(place)
 
     @property
     def family(self) -> str:

@@ -1,8 +1,10 @@
-"""The command line of every program: `--config NAME_OR_FILE key=value ...`."""
+"""The command line of every program: `--config NAME_OR_FILE key=value ...`; `out` is tried before the work starts."""
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +27,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
 def config_from_arguments(cls: type[T], arguments: Sequence[str], *, program: str) -> T:
     """Builds the program's configuration; a bare NAME means the YAML of that name beside the program.
 
-    Prints one sentence and exits with code 2 where an argument is wrong, since a person typed it.
+    Prints one sentence and exits with code 2 where an argument is wrong, since a person typed it, or where nothing can
+    be written to the configuration's `out`.
     """
     try:
         rest, yaml_path = list(arguments), None
@@ -38,10 +41,26 @@ def config_from_arguments(cls: type[T], arguments: Sequence[str], *, program: st
         flags = [item for item in rest if "=" not in item]
         if flags:
             raise InputError(f"got {flags[0]!r}, expected key=value (for example max_train_steps=100) or --config NAME")
-        return load_config(cls, yaml_path, [item.removeprefix("--") for item in rest])
+        config = load_config(cls, yaml_path, [item.removeprefix("--") for item in rest])
+        if isinstance(out := getattr(config, "out", None), str):
+            check_out(Path(out))
+        return config
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_out(out: Path) -> None:
+    """InputError unless `out` is, or can become, a directory to write into; leaves nothing behind."""
+    nearest = next(place for place in (out, *out.parents) if os.path.lexists(place))  # programs make what is missing
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"out is {out}, expected a directory to write into, but {nearest} takes no file ({error.strerror}): give "
+            "another out."
+        ) from error
 
 
 def _find(name: str, folder: Path) -> Path:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def load_checkpoint(
     run: Path, which: str | None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]] | None:
     """(weights, state, meta) of `latest` or of a named checkpoint of the run; None where `latest` finds none, or where
-    none is asked for."""
+    none is asked for. Raises InputError where the named one is not there, and where one cannot be read."""
     if not which:
         return None
     if which == "latest":
@@ -162,6 +163,35 @@ def load_checkpoint(
         if not place.is_dir():
             known = ", ".join(p.name for p in list_checkpoints(run)) or "none"
             raise InputError(f"no checkpoint {which!r} in {run}, expected 'latest' or one of: {known}")
-    weights = {p.stem: load_file(p) for p in sorted(place.glob("*.safetensors"))}
-    state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-    return weights, state, json.loads((place / "meta.json").read_text())
+    try:
+        weights = {p.stem: load_file(p) for p in sorted(place.glob("*.safetensors"))}
+        state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+        meta = json.loads((place / "meta.json").read_text())
+        int(meta["step"])
+    except _UNREADABLE as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".:")
+        others = [p.name for p in list_checkpoints(run) if p != place]
+        mend = f"delete it, then {others[-1]} is used" if others else "delete it, then the run begins anew"
+        if which != "latest":
+            mend = f"resume from another ({', '.join(others) or 'there is none'})"
+        raise InputError(f"{place} is broken or cut short ({why}), expected a whole checkpoint: {mend}.") from error
+    return weights, state, meta
+
+
+# No other OSError: a disk that fails is disk_guard's.
+_UNREADABLE = (
+    SafetensorError, FileNotFoundError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError,
+)  # fmt: skip
+
+
+def check_same_weights(
+    found: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Mapping[str, Tensor]], run: Path
+) -> None:
+    """InputError unless a checkpoint of `run` has all parts of `expected`, with weights of these names and shapes."""
+    for part, weights in expected.items():
+        there = {name: value.shape for name, value in found.get(part, {}).items()}
+        if there != {name: value.shape for name, value in weights.items()}:
+            raise InputError(
+                f"The checkpoint in {run} has other weights ({part}) than these settings train: give another out, or "
+                "the settings in its config.yaml."
+            )

@@ -70,6 +70,51 @@ def test_a_part_of_a_picture(options, picture, mask, tmp_path):
         assert film.n_frames >= 1 and film.size == (16, 16)
 
 
+@pytest.mark.parametrize("command", ["fill", "generate"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_watched_says_where_it_came_from_as_the_picture_does(options, tmp_path, command, count):
+    out, maps, frames = tmp_path / "out.png", tmp_path / "sure.png", tmp_path / "frames"
+    said = ("fill", "--text", PROMPT, "--variations") if command == "fill" else ("generate", PROMPT, "-n")
+    good(*said, count, "--grid", "-o", out, "--seed", 4, "--frames", frames, "--confidence", maps, *options)
+    told = read_text(out)
+    assert {"seed", "steps", "model_hash", "mmdlm_version"} <= set(told) and PROMPT in told.values()
+    assert told["seed"] == "4" and told.get("pictures", "1") == str(count)
+    shown = read_text(maps)
+    assert shown.pop("about").startswith("probability") and shown == told
+    for step in range(3):
+        assert read_text(frames / f"step-{step}.png") == told | {"step": str(step)}
+    # several pictures, each in its own file: what is watched is of all of them
+    if count > 1:
+        good(*said, count, "-o", out, "--seed", 4, "--confidence", maps, *options)
+        assert {key: value for key, value in read_text(maps).items() if key != "about"} == told
+
+
+def read_text(path: Path) -> dict[str, str]:
+    with Image.open(path) as picture:
+        return dict(picture.text)
+
+
+@pytest.mark.parametrize("command", ["fill", "generate"])
+def test_two_outputs_of_one_name_are_refused(options, tmp_path, command):
+    (tmp_path / "frames").mkdir()
+    said = ("fill", "--text", PROMPT) if command == "fill" else ("generate", PROMPT)
+    many = "--variations" if command == "fill" else "-n"
+    out, same, film = tmp_path / "a.png", tmp_path / "frames" / ".." / "a.png", tmp_path / "a.gif"
+    for arguments, words in [
+        (("-o", out, "--confidence", out), "-o and --confidence both write"),
+        (("-o", out, "--confidence", same), "-o and --confidence both write"),
+        (("-o", out, many, 2, "--confidence", tmp_path / "a-1.png"), "-o and --confidence both write"),
+        (("-o", out, "--frames", out), "-o and --frames both write"),
+        (("-o", out, "--gif", film, "--frames", film), "--gif and --frames both write"),
+        (("-o", tmp_path / "frames" / "step-0.png", "--frames", tmp_path / "frames"), "-o and --frames both write"),
+        (("-o", out, "--confidence", tmp_path / "frames" / "step-03.png", "--frames", tmp_path / "frames"),
+         "--confidence and --frames both write"),
+    ]:
+        assert words in refused(*said, *arguments, *options), arguments
+    assert [path.name for path in tmp_path.iterdir()] == ["frames"]
+    assert list((tmp_path / "frames").iterdir()) == []
+
+
 def test_variations_and_the_same_seed(options, picture, tmp_path):
     vary = ("fill", "--image", picture, "--variations")
     good(*vary, 2, "--strength", 0.5, "-o", tmp_path / "v.png", "--seed", 1, *options)

@@ -66,6 +66,15 @@ def test_it_ends_with_an_adapter_and_says_before_and_after(run, tiny_model, tmp_
     assert {"adapter", "before", "after", "report.html", "before-after-held-out.png"} <= {
         path.name for path in out.iterdir()
     }
+    with Image.open(out / "before" / "held-out" / "0000.png") as first, Image.open(
+        out / "after" / "held-out" / "0000.png"
+    ) as then:
+        assert first.text["prompt"] in FOUR.values() and first.text["model_hash"] == then.text["model_hash"]
+        assert "adapter_hash" not in first.text and len(then.text["adapter_hash"]) == 16
+        assert {"seed", "mmdlm_version"} <= set(first.text)
+        facts = {key: then.text[key] for key in ("model_hash", "adapter_hash", "mmdlm_version")}
+    with Image.open(out / "before-after-held-out.png") as sheet:
+        assert sheet.text == facts
     given = ["--adapter", out, "--model", tiny_model, "-q"]
     drawn = mmdlm("generate", "a red wall", "--seed", 1, "-o", tmp_path / "one.png", *given)
     assert drawn.exit_code == 0, drawn.output

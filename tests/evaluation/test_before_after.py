@@ -42,7 +42,10 @@ def test_the_same_model_measures_the_same_and_is_kept(pipes, tmp_path):
     assert 0 < found.numbers["image_nats"] < 20 and found.numbers["text_nats"] > 0
     assert found.numbers["exact"] == 0 and found.numbers["answers"] == 0  # random weights
     assert found.numbers["feature_distance"] > 0
-    before_after.save_measured(found, tmp_path / "before")
+    facts = {"model_hash": "0123456789abcdef", "mmdlm_version": "1"}
+    before_after.save_measured(found, tmp_path / "before", prompts=["a red apple", "a blue car"], facts=facts)
+    with Image.open(tmp_path / "before" / "0001.png") as drawing:
+        assert drawing.text == {"prompt": "a blue car", "seed": "1", **facts}
     kept = before_after.load_measured(tmp_path / "before")
     assert kept is not None and kept.numbers == found.numbers and kept.captions == found.captions
     assert [one.tobytes() for one in kept.drawings] == [one.tobytes() for one in found.drawings]

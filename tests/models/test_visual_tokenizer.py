@@ -178,7 +178,7 @@ def test_a_directory_without_a_whole_tokenizer_is_one_sentence(tmp_path: Path):
     VQTokenizer().save_pretrained(tmp_path / "vq")
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
-        with pytest.raises(InputError, match=f"{name} holds no visual tokenizer, expected a directory with config.json"):
+        with pytest.raises(InputError, match=f"{name} holds no visual tokenizer, expected a directory with"):
             saved_tokenizer(tmp_path / name)
     with pytest.raises(InputError, match="google/magvit holds no visual tokenizer"):  # a name on the Hub, perhaps
         saved_tokenizer("google/magvit")

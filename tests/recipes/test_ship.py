@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,45 @@ def test_a_better_decoder_is_packed_and_another_encoder_refused(run, world: Path
     with pytest.raises(InputError, match="is not the model's, expected one with the same codes"):
         run("train/ship", f"model={pipeline}", f"out={tmp_path / 'no'}", f"tokenizer={other / 'visual_tokenizer'}")
     assert not (tmp_path / "no").exists()
+
+
+def test_nothing_but_a_model_is_replaced(run, pipeline: Path, tmp_path: Path):
+    mine, empty = tmp_path / "mine", tmp_path / "empty"
+    mine.mkdir(), empty.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"mine is no model directory, it has no .*: give a new out"):
+        run("train/ship", f"model={pipeline}", f"out={mine}")
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    for steps in (3, 4):  # an empty directory, then the model that is in it
+        run("train/ship", f"model={pipeline}", f"out={empty}", f"draw_steps={steps}")
+        assert TextToImage.from_pretrained(empty).presets["draw"]["num_inference_steps"] == steps
+    with pytest.raises(InputError, match=r"card is nowhere\.md, expected a Markdown file"):
+        run("train/ship", f"model={pipeline}", f"out={empty}", "card=nowhere.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+
+
+def test_a_failure_leaves_the_old_model(load, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ship, out = load("train/ship"), tmp_path / "packed"
+    settings = [f"model={pipeline}", f"out={out}"]
+    ship.main([*settings, "draw_steps=3"])
+    with monkeypatch.context() as patch:
+        patch.setattr(ship, "LIMIT", 2**10)
+        with pytest.raises(InputError, match=r"the weights take \d\.\d MiB, expected at most 0: train a smaller model"):
+            ship.main([*settings, "draw_steps=4"])
+
+    moves = []
+
+    def fails_when_the_old_one_is_away(source: Path, target: Path) -> None:
+        moves.append(target)
+        if target == out and len(moves) == 2:
+            raise OSError(5, "Input/output error")
+        os.rename(source, target)
+
+    place = tmp_path / "new"
+    place.mkdir()
+    monkeypatch.setattr(ship.os, "replace", fails_when_the_old_one_is_away)
+    with pytest.raises(OSError, match="Input/output error"):
+        ship.replace(out, place)
+    monkeypatch.undo()
+    assert len(moves) == 3 and TextToImage.from_pretrained(out).presets["draw"]["num_inference_steps"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "packed"]

@@ -58,3 +58,26 @@ def test_a_wrong_argument_is_one_sentence_and_exit_code_2(
         config_from_arguments(Config, arguments, program=program)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in printed and printed.count("\n") == 1
+
+
+@dataclass
+class Run:
+    out: str = "runs/some"
+
+
+def test_a_place_that_takes_no_file_shows_before_the_work(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "new" / "deeper", tmp_path):
+        assert config_from_arguments(Run, [f"out={out}"], program=program).out == str(out)
+    file = tmp_path / "small.yaml"
+    wrong = [(file, "Not a directory"), (file / "new" / "deeper", "Not a directory")]
+    wrong += [("/proc/runs", "")] if Path("/proc/self").exists() else []  # where even root may write nothing
+    for out, words in wrong:
+        with pytest.raises(SystemExit) as stopped:
+            config_from_arguments(Run, [f"out={out}"], program=program)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and printed.count("\n") == 1
+        assert printed.startswith(f"error: out is {out}, expected a directory to write into, but ") and words in printed
+    assert sorted(tmp_path.rglob("*")) == before

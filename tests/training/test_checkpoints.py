@@ -13,6 +13,7 @@ from torch import nn
 from mmdlm.errors import InputError
 from mmdlm.training.checkpoints import (
     WeightAverage,
+    check_same_weights,
     disk_guard,
     list_checkpoints,
     load_checkpoint,
@@ -69,6 +70,45 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path):
     for error in (FileNotFoundError(2, "no such file"), RuntimeError("shapes cannot be multiplied")):
         with pytest.raises(type(error)), disk_guard(tmp_path):
             raise error
+
+
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [(file, left) for file in ("model.safetensors", "state.pt", "meta.json") for left in (0.0, 0.1, 0.5, 0.9)]
+    + [("state.pt", None), ("meta.json", None)],
+)
+def test_a_checkpoint_that_is_cut_short_is_one_sentence(file: str, left: float | None, tmp_path: Path):
+    broken = save(tmp_path, 5) / file
+    whole = broken.read_bytes()
+    for mend in ("delete it, then the run begins anew", "delete it, then checkpoint-4 is used"):
+        if left is None:
+            broken.unlink(missing_ok=True)
+        else:
+            broken.write_bytes(whole[: int(len(whole) * left)])
+        with disk_guard(tmp_path), pytest.raises(InputError, match=f"checkpoint-5 is broken or cut short .*: {mend}"):
+            load_checkpoint(tmp_path, "latest")
+        save(tmp_path, 4)
+    with pytest.raises(InputError, match=r"expected a whole checkpoint: resume from another \(checkpoint-4\)"):
+        load_checkpoint(tmp_path, "checkpoint-5")
+    broken.parent.rename(tmp_path / "away")
+    assert load_checkpoint(tmp_path, "latest")[2]["step"] == 4
+
+
+def test_a_disk_that_fails_while_a_checkpoint_is_read_is_the_guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path, 5)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        load_checkpoint(tmp_path, "latest")
+
+
+def test_the_weights_of_other_settings_are_refused(tmp_path: Path):
+    found = {"model": {"weight": torch.ones(2, 3)}, "more": {}}
+    check_same_weights(found, {"model": {"weight": torch.zeros(2, 3)}}, tmp_path)
+    for other in ({"weight": torch.ones(3, 2)}, {"bias": torch.ones(2, 3)}, {}):
+        with pytest.raises(InputError, match=r"other weights \(model\) than these settings train: give another out"):
+            check_same_weights(found, {"model": other}, tmp_path)
+    with pytest.raises(InputError, match=r"other weights \(discriminator\)"):
+        check_same_weights(found, {"discriminator": {"weight": torch.ones(1)}}, tmp_path)
 
 
 def test_only_what_is_trained_is_kept_of_a_frozen_model():
