@@ -85,7 +85,7 @@ def test_an_adapter_on_ones_own_pictures_beside_a_replayed_world(
     page = (out / "report.html").read_text()
     assert "a plate, number" in page and page.count("data:image/png") >= 2 and "http" not in page.replace("www.w3", "")
     # The same directory with other settings is no run to go on with.
-    with pytest.raises(InputError, match="trains other weights than these settings"):
+    with pytest.raises(InputError, match=r"has other weights \(model\) than these settings train"):
         run("train/supervised", *arguments, f"data={mixture}", f"init_from={pipeline}", "caption_length=40")
 
 
