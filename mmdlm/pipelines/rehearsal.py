@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import tempfile
 from collections import Counter
@@ -89,10 +88,9 @@ def rehearse(
 def _drawn(
     draw: TextToImage, count: int, known: Sequence[Mapping[str, Any]], seed: int
 ) -> Iterator[tuple[dict[str, Any], Image.Image, int]]:
-    """(row of words, its picture, rows drawn so far) for `count` of the rows, or all."""
+    """(row of words, its picture, rows drawn so far) for the first `count` rows: the first say most (`some_words`)."""
     room = _room(draw)
-    fitting = [dict(row) for row in known if len(draw.processor.text_ids(row["text"][0])) <= room]
-    rows = random.Random(f"rehearsal-{seed}").sample(fitting, min(count, len(fitting)))
+    rows = [dict(row) for row in known if len(draw.processor.text_ids(row["text"][0])) <= room][:count]
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
         chance = torch.Generator().manual_seed(seed * 1_000_003 + start)

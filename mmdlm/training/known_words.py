@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mmdlm.training.rows import Pool
 
 FILE = "rehearsal.jsonl"
 ROWS, PHRASINGS, QUESTIONS = 512, 3, 2  # kept of a run, and of a row
+_AT_HAND = 16  # rows that one is chosen from
 
 
 def every_text(pools: Sequence[Pool]) -> list[str]:
@@ -29,25 +31,39 @@ def every_text(pools: Sequence[Pool]) -> list[str]:
 
 
 def some_words(pools: Sequence[Pool], *, count: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
-    """Words of `count` rows, no caption twice, sources as often as their weights say; fewer where there are fewer."""
+    """Words of `count` rows, no caption twice, sources as often as their weights say; fewer where there are fewer.
+
+    Of a few rows at hand that which says most that no row before said is taken, so that few rows name many things.
+    """
     chance = random.Random(f"words-{seed}")
-    left = {number: chance.sample(range(len(pool.rows)), len(pool.rows)) for number, pool in enumerate(pools)}
+    left = {number: deque(chance.sample(range(len(pool.rows)), len(pool.rows))) for number, pool in enumerate(pools)}
     found: dict[str, dict[str, Any]] = {}
+    said: set[str] = set()
     while len(found) < count and left:
         numbers = list(left)
         number = chance.choices(numbers, [max(pools[n].weight, 1e-9) for n in numbers])[0]
-        rows, at = pools[number].rows, left[number].pop()
-        if not left[number]:
+        rows, waiting = pools[number].rows, left[number]
+        few = [waiting.pop() for _ in range(min(_AT_HAND, len(waiting)))]
+        few = [at for at in few if rows.captions[at] and rows.captions[at][0] not in found]
+        if few:
+            at = max(few, key=lambda one: len(_words(rows.captions[one][0]) - said))
+            waiting.extendleft(one for one in few if one != at)
+        if not waiting:
             del left[number]
-        captions, pairs = rows.captions[at], rows.questions[at]
-        if not captions or captions[0] in found:
+        if not few:
             continue
+        captions, pairs = rows.captions[at], rows.questions[at]
+        said |= _words(captions[0])
         row: dict[str, Any] = {"text": [captions[0], *chance.sample(captions[1:], min(PHRASINGS, len(captions)) - 1)]}
         asked = dict(chance.sample(pairs, min(QUESTIONS, len(pairs))))
         if asked:
             row |= {"question": list(asked), "answers": [[answer] for answer in asked.values()]}
         found[captions[0]] = row
     return list(found.values())
+
+
+def _words(text: str) -> set[str]:
+    return set(text.lower().split())
 
 
 def write_words(directory: Path, rows: Sequence[dict[str, Any]]) -> None:

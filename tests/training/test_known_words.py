@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from types import SimpleNamespace
 
@@ -48,6 +49,17 @@ def test_a_small_source_is_taken_whole_and_rows_without_words_are_left_out():
     assert Counter(row["text"][0].split()[0] for row in rows) == {"cat": 4, "dog": 20}
     [silent] = [row for row in rows if row["text"][0] == "cat 0"]
     assert set(silent) == {"text"}
+
+
+def test_few_rows_name_many_things():
+    things = [f"thing{n}" for n in range(150)]
+    often = [things[min(n % 150, n % 7 * 3)] for n in range(3000)] + things  # most rows name one of seven things
+    captions = [[f"a {name} number {n}"] for n, name in enumerate(often)]
+    rows = Words(captions=captions, questions=[[] for _ in often], codes=None, kinds=[])
+    found = some_words([Pool("world", rows)], count=120)
+    chosen = random.Random(0).sample(captions, 120)
+    by_chance = {text.split()[1] for [text] in chosen}
+    assert len(found) == 120 and len({row["text"][0].split()[1] for row in found}) > 2 * len(by_chance)
 
 
 def test_they_are_read_as_they_were_written(tmp_path):
