@@ -58,7 +58,7 @@ class Config:
     out: str = "runs/curve"
     plot: str | None = None  # a second place for the drawing
     parts: list[str] = field(default_factory=lambda: list(PARTS))
-    recipe: str = "pictures"  # a file or a name in train/; for a model with no config.yaml beside it
+    recipe: str = "pictures_300"  # a file or a name in train/; for a model with no config.yaml beside it
     scenes: int = 128
     draw_steps: list[int] = field(default_factory=lambda: [2, 4, 8, 12, 16, 24])
     caption_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
