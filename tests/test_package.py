@@ -118,7 +118,7 @@ def test_the_wheel_carries_the_programs_and_the_model(wheel: Path):
             assert path.relative_to(ROOT).as_posix() in names
     for program in list_programs():
         assert f"mmdlm/recipes/{program_path(program).relative_to(ROOT).as_posix()}" in names
-    assert "mmdlm/py.typed" in names
+    assert {"mmdlm/py.typed", "mmdlm/recipes/tools/fetch_pictures.sh"} <= names
     # eval/results holds the small results that eval/README.md is written from
     recipes = {Path(name).suffix for name in names
                if name.startswith("mmdlm/recipes/") and not name.startswith("mmdlm/recipes/eval/results/")}

@@ -54,7 +54,7 @@ from mmdlm.training.masked_loss import (
     per_written_token,
 )
 from mmdlm.training.optimizing import OptimizerSettings, build_optimizers, learning_share
-from mmdlm.training.processes import gathered, largest, load_optimizer, peak_memory, spread_like, summed
+from mmdlm.training.processes import gathered, largest, load_optimizers, peak_memory, spread_like, summed
 from mmdlm.training.report import write_report
 from mmdlm.training.rows import Pool, Rows, RowSettings, widened
 from mmdlm.training.run_log import RunLog, plot_curves
@@ -270,8 +270,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     if restored:
         means = restored[0]["average"].items()
         average.state = {name: spread_like(v.to(device), average.state[name]) for name, v in means}
-        for optimizer, saved in zip(optimizers, restored[1]["optimizers"], strict=bool(restored[1]["optimizers"])):
-            load_optimizer(optimizer, saved)
+        load_optimizers(optimizers, restored[1]["optimizers"], out)
         step = restored[2]["step"]
     best = best if best and best[0] <= step else None  # not of a later step than the one that is gone on from
 

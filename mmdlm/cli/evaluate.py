@@ -19,7 +19,7 @@ from mmdlm.cli.evaluate_run import (
     answers,
     ask_model,
     finish,
-    model_facts,
+    model_record,
     one_source,
     print_results,
     settings_of,
@@ -78,7 +78,7 @@ def vqa(
         cases = [(one.id, find_picture(pictures, one.pictures), one.text) for one in asked]
         check_new(output)
         pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
-        facts = model_facts(pipe, model)
+        facts = model_record(pipe, model)
         begun_with = settings_of(ctx) | {"facts": facts}
         given = ask_model(
             pipe, cases, output, steps=steps, seed=seed, batch_size=batch_size, quiet=quiet, begun_with=begun_with
@@ -172,7 +172,7 @@ def choices(
     check_new(output)
     pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
     pipe.set_progress_bar_config(disable=True)
-    facts = model_facts(pipe, model)
+    facts = model_record(pipe, model)
 
     def work(numbers: list[int], places: list[int]) -> list[dict[str, Any]]:
         cases = [(asked[place].id, paths[place], asked[place].text) for place in places]
@@ -236,7 +236,7 @@ def captions(
         cases = [(one.id, find_picture(pictures, one.pictures), None) for one in gold]
         check_new(output)
         pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
-        facts = model_facts(pipe, model)
+        facts = model_record(pipe, model)
         begun_with = settings_of(ctx) | {"facts": facts}
         given = ask_model(
             pipe, cases, output, steps=steps, seed=seed, batch_size=batch_size, quiet=quiet, begun_with=begun_with
@@ -271,7 +271,7 @@ def likelihood(
     pairs = read_pairs(folder)
     check_new(output)
     pipe = load_pipeline("ImageToText", model, device, quiet, adapter=adapter)
-    facts = model_facts(pipe, model)
+    facts = model_record(pipe, model)
     scores = measure_pairs(
         pipe, pairs, output, samples=samples, pool=pool, seed=seed, batch_size=batch_size, progress=not quiet,
         begun_with=settings_of(ctx) | {"facts": facts},

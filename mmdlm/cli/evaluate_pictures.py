@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdlm.cli.evaluate_run import BatchOption, OutOption, SeedOption, finish, model_facts
+from mmdlm.cli.evaluate_run import BatchOption, OutOption, SeedOption, finish, model_record
 from mmdlm.cli.loading import (
     AdapterOption,
     DeviceOption,
@@ -168,7 +168,7 @@ def _draw(
     from mmdlm.picture_files import png, write_whole
 
     pipe = load_pipeline("TextToImage", model, device, quiet, adapter=adapter)
-    facts = model_facts(pipe, model)
+    facts = model_record(pipe, model)
     weights = " ".join(str(facts[name]) for name in facts if name not in ("directory", "presets"))
     pipe.set_progress_bar_config(disable=True)
     folder.mkdir(exist_ok=True)
@@ -286,4 +286,4 @@ def tokenizer(
 
     scores = measure_tokenizer(pipe.visual_tokenizer, batches(), codecs=codecs, by=by, lpips=network)
     scores = scores._replace(summary=scores.summary | ({"warnings": notes} if notes else {}))
-    finish(ctx, output, "tokenizer", scores, started, model_facts(pipe, model))
+    finish(ctx, output, "tokenizer", scores, started, model_record(pipe, model))

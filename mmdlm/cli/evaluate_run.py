@@ -86,7 +86,7 @@ def print_results(results: Mapping[str, Any], indent: str = "") -> None:
             typer.echo(f"{indent}{name:28}  {shown}")
 
 
-def model_facts(pipe: Any, model: Path | None) -> dict[str, Any]:
+def model_record(pipe: Any, model: Path | None) -> dict[str, Any]:
     """What the model was: its directory, the hash of its weights, and the presets it was sampled with."""
     from mmdlm.assets import shipped_model
     from mmdlm.model_directory import model_hash

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmdlm.errors import InputError
+
 
 def gathered(tree: Any) -> Any:
     """The same dicts and lists with every spread tensor whole; tensors that are whole already are the same objects."""
@@ -43,6 +45,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         if n in saved["state"]
     }
     optimizer.load_state_dict({**saved, "state": state})
+
+
+def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], saved: Sequence[dict[str, Any]], run: Path) -> None:
+    """`load_optimizer` for each of them; nothing where nothing was saved (DeepSpeed keeps its moments to itself).
+
+    Raises InputError where the checkpoint in `run` has the moments of other optimizers than these.
+    """
+    if not saved:
+        return
+    there = [[len(group["params"]) for group in state["param_groups"]] for state in saved]
+    expected = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+    if there != expected:
+        raise InputError(
+            f"The checkpoint in {run} was written with another optimizer than these settings name: give the one in its "
+            "config.yaml, or another out."
+        )
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        load_optimizer(optimizer, state)
 
 
 def summed(accelerator: Any, values: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from mmdlm.training.processes import gathered, load_optimizer, peak_memory, spread_like
+from mmdlm.errors import InputError
+from mmdlm.training.processes import gathered, load_optimizer, load_optimizers, peak_memory, spread_like
 
 SHARDED = """
 import os, sys
@@ -104,3 +106,17 @@ def test_what_is_whole_stays_as_it_is():
 
 def test_peak_memory_is_this_process_own():
     assert 0.05 < peak_memory(torch.device("cpu")) < 100
+
+
+def test_moments_of_other_optimizers_are_refused():
+    weights = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))]
+    both = [torch.optim.AdamW(weights)]
+    sum(weight.sum() for weight in weights).backward()
+    both[0].step()
+    saved = [both[0].state_dict()]
+    again = [torch.optim.AdamW(weights)]
+    load_optimizers(again, saved, Path("run"))
+    assert torch.equal(again[0].state[weights[1]]["exp_avg"], both[0].state[weights[1]]["exp_avg"])
+    load_optimizers(again, [], Path("run"))  # DeepSpeed's, which are not in the checkpoint's file
+    with pytest.raises(InputError, match="another optimizer"):
+        load_optimizers([torch.optim.AdamW(weights[:1]), torch.optim.SGD(weights[1:])], saved, Path("run"))
