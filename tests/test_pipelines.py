@@ -192,6 +192,34 @@ def test_one_directory_serves_both_and_comes_back_from_disk_as_it_was(draw, tell
     assert not any(str(tiny_model) in path.read_text() for path in tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ({"num_inference_steps": "many"}, "num_inference_steps is 'many'"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"policy": "maskgit"}, "policy is 'maskgit', expected a table"),
+        ({"draw": ["greedy"]}, "draw is .'greedy'., expected a table"),
+        ({"cache": "dual_cache"}, "cache is 'dual_cache', expected a table"),
+        ({"policy": {"name": "maskgit", "choice_temperature": {}}}, "policy"),
+    ],
+)
+def test_a_broken_preset_is_said_in_a_sentence(copy, preset, said):
+    (copy / "generation_config.json").write_text(json.dumps({"draw": preset}))
+    with pytest.raises(InputError, match=said):
+        TextToImage.from_pretrained(copy)("a cat")
+
+
+@pytest.mark.parametrize("length", [0, -3, "eight", 2.5])
+def test_an_answer_length_that_is_none(tell, length):
+    before = tell.presets["describe"]
+    tell.presets["describe"] = before | {"answer_length": length}
+    try:
+        with pytest.raises(InputError, match="answer_length is"):
+            tell(Image.new("RGB", (8, 8)))
+    finally:
+        tell.presets["describe"] = before
+
+
 def test_presets_of_the_directory_override_the_defaults(copy):
     presets = {"draw": {"num_inference_steps": 2, "policy": {"name": "top_k"}}}
     (copy / "generation_config.json").write_text(json.dumps(presets))

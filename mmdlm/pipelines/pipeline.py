@@ -222,15 +222,21 @@ class MMDLMPipeline(DiffusionPipeline):
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise InputError(f"num_inference_steps is {steps!r}, expected a whole number from 1 on.")
         scale = settings.get("guidance_scale", 1.0)
-        if not 0 <= scale < float("inf"):
+        if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
             raise InputError(f"guidance_scale is {scale!r}, expected a number from 0 on; 1 is no guidance.")
         if scale != 1 and settings.get("unprompted") is False:
             raise InputError(
                 f"guidance_scale is {scale!r}, but this model was never trained without prompts: leave it at 1."
             )
-        block, places = settings.get("block_length"), settings.get("answer_length") or math.prod(self.grid)
+        length = settings.get("answer_length")
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise InputError(f"answer_length is {length!r}, expected a whole number from 1 on.")
+        block, places = settings.get("block_length"), length or math.prod(self.grid)
         if block is not None and (not isinstance(block, int) or block < 1 or places % block):
             raise InputError(f"block_length is {block!r}, expected a number that divides the {places} places to fill.")
+        for name in ("policy", "draw", "cache"):
+            if not isinstance(settings.get(name) or {}, Mapping):
+                raise InputError(f"{name} is {settings[name]!r}, expected a table of its name and settings.")
         policy_from_config(settings["policy"]), draw_from_config(settings["draw"])  # a bad one shows before any work
         return settings
 
