@@ -42,8 +42,10 @@ from mmdlm.models.discriminator import (
 from mmdlm.models.growing import GROWING, grow_tokenizer
 from mmdlm.models.visual_tokenizer import LFQTokenizer, saved_tokenizer
 from mmdlm.training.arguments import config_from_arguments, run_program
-from mmdlm.training.checkpoints import WeightAverage, check_same_weights, load_checkpoint, save_checkpoint
+from mmdlm.training.checkpoints import WeightAverage, check_same_weights, disk_guard, load_checkpoint, save_checkpoint
 from mmdlm.training.codebook import advice, draw_dashboard, use_of_codes
+from mmdlm.training.interrupts import StopRequest
+from mmdlm.training.processes import largest
 from mmdlm.training.run_log import RunLog, plot_curves
 
 ADVISED = ("sample_entropy", "codebook_entropy", "commitment")
@@ -228,10 +230,16 @@ def main(arguments: list[str]) -> None:
     config = config_from_arguments(Config, arguments, program=__file__)
     torch.manual_seed(config.seed)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    with disk_guard(Path(config.out)), StopRequest() as stop:
+        train(config, accelerator, stop)
+    accelerator.end_training()
+
+
+def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     out = Path(config.out)
     config.model = shape_of(config)
-    train, held_out = open_batches(
+    pictures, held_out = open_batches(
         config.data, side=config.model.sample_size, held_out_share=config.held_out_share, seed=config.seed,
         fit=config.picture_fit, world={"concepts": config.concepts, "styles": config.styles},
     )  # fmt: skip
@@ -290,7 +298,7 @@ def main(arguments: list[str]) -> None:
             group["lr"] = learning_rate(config, step)
         # A batch is a pure function of step and rank, so that a resumed run sees what the uninterrupted one would have.
         first = (step * world_size + rank) * config.train_batch_size
-        real = train.batch(range(first, first + config.train_batch_size))
+        real = pictures.batch(range(first, first + config.train_batch_size))
         real = real.to(device, memory_format=torch.channels_last)
 
         with accelerator.autocast():
@@ -305,15 +313,11 @@ def main(arguments: list[str]) -> None:
         came += torch.bincount(quantized.codes.flatten(), minlength=len(came))
         if quantized.entropies is not None and config.train_encoder:
             strength = max(1.0, 4.0 * (1 - step / max(config.entropy_anneal_steps, 1)))
-            numbers |= {
-                "sample_entropy": quantized.entropies.per_sample,
-                "codebook_entropy": quantized.entropies.codebook,
-            }
+            single, whole = quantized.entropies.per_sample, quantized.entropies.codebook
+            numbers |= {"sample_entropy": single, "codebook_entropy": whole}
             # As it enters the loss: single codes shall be sure (+), the codebook evenly used (-).
-            numbers["entropy_term"] = (
-                config.sample_entropy_weight * quantized.entropies.per_sample
-                - strength * config.codebook_entropy_weight * quantized.entropies.codebook
-            )
+            weight = strength * config.codebook_entropy_weight
+            numbers["entropy_term"] = config.sample_entropy_weight * single - weight * whole
             loss = loss + numbers["entropy_term"]
         gate = warm_start(step, start=config.adversarial_start, ramp=config.adversarial_ramp)
         if discriminator and gate:
@@ -360,7 +364,8 @@ def main(arguments: list[str]) -> None:
                 **{k: float(v.detach()) for k, v in numbers.items()},
                 **{f"train_{name}": value for name, value in use.items()},
             )
-        last = step == config.max_train_steps
+        last, stopped = step == config.max_train_steps, bool(largest(accelerator, [stop.asked])[0])
+        saves = step % config.checkpointing_steps == 0 or last or stopped
         if accelerator.is_main_process and (step % config.validation_steps == 0 or last):
             averaged = LFQTokenizer(**vars(config.model)).to(device)
             averaged.load_state_dict({**model.state_dict(), **average.state})  # what is frozen has no average
@@ -375,9 +380,9 @@ def main(arguments: list[str]) -> None:
             picture.save(out / f"held_out-{step}.png")
             averaged.save_pretrained(out / "visual_tokenizer")
             plot_curves(out)
-        if step % config.checkpointing_steps == 0 or last:
+        if saves:
             came = accelerator.reduce(came, "sum") * accelerator.is_main_process
-        if accelerator.is_main_process and (step % config.checkpointing_steps == 0 or last):
+        if accelerator.is_main_process and saves:
             parts = {"model": model.state_dict(), "average": average.state}
             state = {"optimizer": optimizer.state_dict(), "score_means": score_means, "came": came}
             if discriminator and judge_optimizer:
@@ -385,7 +390,9 @@ def main(arguments: list[str]) -> None:
                 state["judge_optimizer"] = judge_optimizer.state_dict()
             save_checkpoint(out, step, weights=parts, state=state, meta={}, keep=config.checkpoints_total_limit)
         accelerator.wait_for_everyone()
-    accelerator.end_training()
+        if stopped and not last:
+            accelerator.print(f"stopped as asked after step {step}: the same command goes on from checkpoint-{step}")
+            return
 
 
 if __name__ == "__main__":

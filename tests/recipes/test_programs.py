@@ -196,6 +196,34 @@ def test_a_kill_in_the_middle_of_training_leaves_whole_checkpoints(run, world: P
     assert steps == sorted(steps) and set(steps) == set(range(1, meta["step"] + 2))
 
 
+def test_tokenizer_training_stops_when_asked_and_on_a_full_disk(world: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    arguments = [*TINY_LFQ, f"data={world}", f"out={out}", "validation_steps=1000000", "checkpointing_steps=1000000"]
+    command = [sys.executable, str(program_path("tokenizers/train_lfq")), *arguments]
+    process = subprocess.Popen([*command, "max_train_steps=100000"], stdout=subprocess.PIPE, text=True)
+    try:
+        give_up = time.monotonic() + 300
+        while not ((out / "metrics.jsonl").exists() and len(read_metrics(out)) >= 3):
+            assert process.poll() is None and time.monotonic() < give_up
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    [saved] = list_checkpoints(out)
+    step = read_metrics(out)[-1]["step"]
+    assert process.returncode == 0 and saved.name == f"checkpoint-{step}"
+    assert f"stopped as asked after step {step}" in said
+
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+    limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    full = [sys.executable, "-c", limit, *command[1:], f"max_train_steps={step + 2}", "checkpointing_steps=1"]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "writing failed (" in done.stderr and f"start the same command again; checkpoint-{step} in" in done.stderr
+    assert list_checkpoints(out) == [saved]
+
+
 # ---------------------------------------------------------------------------------------------- two processes
 
 
