@@ -183,9 +183,10 @@ class PictureWorld:
             Thing(concept, style, colour, count, place, size) for concept, place in zip(concepts, places, strict=True)
         )
         keys = composition_keys(things, background, relation)
-        if self.split == "train" and any(map(is_held_out, keys)):
+        told_alike = colour_keys(concepts[0].noun, colour) if colour else []
+        if self.split == "train" and any(map(is_held_out, [*keys, *told_alike])):
             return None
-        if self.split == "held_out" and not is_held_out(keys[0]):
+        if self.split == "held_out" and not all(map(is_held_out, [keys[0], *told_alike])):
             return None
         if background != "white" and colour is None and self._clash(style, concepts, background):
             return None
@@ -300,6 +301,12 @@ def composition_keys(things: Sequence[Thing], background: str, relation: str | N
         if thing.count > 1:
             keys.append(f"count|{thing.concept.name}|{thing.count}")
     return [*keys, *(f"background|{name}|{background}" for name in names)]
+
+
+@cache
+def colour_keys(noun: str, colour: str) -> list[str]:
+    """The keys of all things that are called `noun` once painted: of a red and of a green apple for "a purple apple"."""
+    return [f"colour|{one.name}|{colour}" for one in load_concepts() if one.recolourable and one.noun == noun]
 
 
 @lru_cache(maxsize=1 << 18)

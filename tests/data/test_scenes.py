@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdlm.data.colours import BACKGROUNDS
+from mmdlm.data.colours import BACKGROUNDS, PAINTS
 from mmdlm.data.concepts import load_concepts
-from mmdlm.data.scenes import KIND_WEIGHTS, PictureWorld, Scene, is_held_out, layer, paste, related
+from mmdlm.data.drawings import tight, webp, write_archive
+from mmdlm.data.scenes import KIND_WEIGHTS, PictureWorld, Scene, colour_keys, is_held_out, layer, paste, related
 from mmdlm.errors import InputError
 
 BY_NAME = {concept.name: concept for concept in load_concepts()}
@@ -89,6 +90,26 @@ def test_no_leak_between_the_splits(scenes: list[Scene], held_out: list[Scene]):
     told = {scene.caption for scene in scenes}
     assert not told & {scene.caption for scene in held_out}
     assert {scene.facts["kind"] for scene in held_out} == set(KIND_WEIGHTS)
+
+
+def test_what_is_called_alike_once_painted_is_in_one_split_only(tmp_path: Path):
+    """A red and a green apple, painted purple, are both "a purple apple"."""
+    nouns = Counter(concept.noun for concept in load_concepts() if concept.recolourable)
+    shared = {noun for noun, count in nouns.items() if count > 1}
+    mixed = {
+        (noun, paint) for noun in shared for paint in PAINTS
+        if len({is_held_out(key) for key in colour_keys(noun, paint)}) == 2
+    }  # fmt: skip
+    assert ("apple", "purple") in mixed and len(mixed) < 20
+    some = [concept for concept in load_concepts() if concept.noun in shared | {"cat", "car", "balloon", "dress", "key"}]
+    square = webp(tight(Image.new("RGBA", (100, 100), (200, 160, 40, 255)), 128))
+    write_archive(tmp_path, "noto", {concept.sequence: square for concept in some}, 128)
+    for split in ("train", "held_out"):
+        world = PictureWorld(tmp_path, concepts=None, styles=["noto"], split=split, kind_weights={"recoloured": 1})
+        for seed in range(100):
+            [one] = world.scene(seed).facts["objects"]
+            [noun] = [concept.noun for concept in some if concept.name == one["concept"]]
+            assert {is_held_out(key) for key in colour_keys(noun, one["colour"])} == {split == "held_out"}
 
 
 def test_a_tenth_is_held_out_and_never_white():
