@@ -96,7 +96,6 @@ def main(arguments: list[str]) -> None:
     torch.nn.Module.to(draw.visual_tokenizer, config.device)
     draw.set_progress_bar_config(disable=True)
     out = Path(config.out)
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
 
     # 1. The worlds: what was trained on, what was held out of it, and a style never seen.
     settings, source = trained_on(config, directory)
@@ -106,6 +105,7 @@ def main(arguments: list[str]) -> None:
     train = PictureWorld(config.data, split="train", resolution=size, **settings)
     held_out = PictureWorld(config.data, split="held_out", resolution=size, **settings)
     run = run_facts(config, arguments, directory, settings, source, draw.presets) | {"concepts": len(train.concepts)}
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
     asked = ("seed", "steps", "guidance", "answer_steps", "device")
     begun_with = {name: getattr(config, name) for name in asked} | {"model": run["model"]["hash"], "world": settings}
     report = Report(out, run, begun_with=begun_with, batch_size=config.batch_size, is_main=mine.is_main)
@@ -189,8 +189,9 @@ def drawings(
         drawn = draw(prompts, num_inference_steps=config.steps, guidance_scale=config.guidance, generator=chances)
         rows = [{"picture": f"{slug(name)}-{number:05}.png", "prompt": prompt}
                 for number, prompt in zip(numbers, prompts, strict=True)]
-        for row, picture in zip(rows, drawn.images, strict=True):
-            write_whole(folder / row["picture"], png(picture, {"prompt": row["prompt"]}))
+        for row, picture, chance in zip(rows, drawn.images, chances, strict=True):
+            facts = {"prompt": row["prompt"], **report.facts, "seed": chance.initial_seed()}
+            write_whole(folder / row["picture"], png(picture, facts))
         return rows
 
     rows = report.run_batches(f"drawn-{slug(name)}", scenes, work)

@@ -23,8 +23,11 @@ Picture = str | Path | bytes | Image.Image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 FITS = ("pad", "crop", "squash")  # how a picture becomes a square, see `fit_square`
 LARGEST_PICTURE = 64 * 2**20  # pixels; a decompression bomb states its size before it is unpacked
-# What Pillow's readers raise on bad files: IndexError its GIF, RuntimeError its AVIF.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error)
+# What Pillow's readers raise on bad files: IndexError its GIF, RuntimeError its AVIF, TypeError its TIFF and its EXIF.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    struct.error,
+)  # fmt: skip
 
 
 def fit_square(picture: Image.Image, side: int, fit: str = "pad") -> Image.Image:

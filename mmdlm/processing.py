@@ -49,6 +49,8 @@ class MMDLMProcessor(ProcessorMixin):
             raise InputError("MMDLMProcessor got no vocabulary, expected a Vocabulary or its to_dict(): pass one.")
         super().__init__(tokenizer=tokenizer)
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.from_dict(vocabulary)
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size is {image_size!r}, expected the side of a picture in whole pixels")
         self.image_size = image_size
         if picture_fit not in FITS:
             raise InputError(f"picture_fit is {picture_fit!r}, expected {', '.join(FITS[:-1])} or {FITS[-1]}.")

@@ -184,7 +184,7 @@ def test_a_directory_that_is_no_model(tmp_path, tiny_model):
     assert "no model directory" in refused("generate", PROMPT, *out, "--model", "x" * 300)
 
 
-@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99", "hpu", "privateuseone"])
 def test_a_device_that_is_not_there(tmp_path, tiny_model, device):
     words = refused("generate", PROMPT, "-o", tmp_path / "a.png", "--model", tiny_model, "--device", device)
     assert "--device cpu" in words or "use cpu" in words

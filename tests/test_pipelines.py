@@ -201,12 +201,34 @@ def test_one_directory_serves_both_and_comes_back_from_disk_as_it_was(draw, tell
         ({"draw": ["greedy"]}, "draw is .'greedy'., expected a table"),
         ({"cache": "dual_cache"}, "cache is 'dual_cache', expected a table"),
         ({"policy": {"name": "maskgit", "choice_temperature": {}}}, "policy"),
+        ({"policy": None}, "policy is None, expected a table"),
+        ({"guidance_interval": 3}, "guidance_interval is 3"),
+        ({"guidance_interval": [0.5, "x"]}, "guidance_interval is"),
     ],
 )
 def test_a_broken_preset_is_said_in_a_sentence(copy, preset, said):
     (copy / "generation_config.json").write_text(json.dumps({"draw": preset}))
     with pytest.raises(InputError, match=said):
         TextToImage.from_pretrained(copy)("a cat")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "said"),
+    [
+        ("visual_tokenizer/config.json", {"bit_order": "little"}, "counts its bits in the order 'little'"),
+        ("visual_tokenizer/config.json", {"bit_order": "mid"}, "bit order is 'mid'"),
+        ("model/config.json", {"bit_order": "mid"}, "bit order is 'mid'"),
+        ("model/config.json", {"max_positions": None}, "max_positions is None"),
+        ("processor/processor_config.json", {"image_size": "big"}, "image_size is 'big'"),
+        ("processor/processor_config.json", {"image_size": 0}, "image_size is 0"),
+        ("model_index.json", "[" * 100_000, "cannot be read as JSON"),
+    ],
+)
+def test_a_broken_part_is_said_when_it_is_loaded(copy, part, setting, said):
+    settings = setting if isinstance(setting, str) else json.dumps(json.loads((copy / part).read_text()) | setting)
+    (copy / part).write_text(settings)
+    with pytest.raises(InputError, match=said):
+        TextToImage.from_pretrained(copy)
 
 
 @pytest.mark.parametrize("length", [0, -3, "eight", 2.5])

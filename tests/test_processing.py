@@ -171,6 +171,18 @@ def test_a_bad_picture_is_one_sentence(tmp_path, name):
         load_image(content)
 
 
+@pytest.mark.parametrize("kind", range(13))
+def test_a_tiff_whose_numbers_are_of_another_kind_is_read_or_refused(kind):
+    whole = encoded(Image.new("RGB", (4, 4), "red"), "TIFF")
+    refused = 0
+    for place in range(8, len(whole)):
+        try:
+            assert load_image(whole[:place] + bytes([kind]) + whole[place + 1 :]).mode == "RGB"
+        except InputError:
+            refused += 1
+    assert refused
+
+
 def test_a_hollow_avif_is_one_sentence():
     Image.init()
     if "AVIF" not in Image.SAVE:

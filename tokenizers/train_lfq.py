@@ -28,9 +28,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from mmdlm import __version__
 from mmdlm.config import save_config
 from mmdlm.data.picture_batches import Batches, open_batches
 from mmdlm.errors import InputError
+from mmdlm.model_directory import whole_directory
 from mmdlm.models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -41,6 +43,7 @@ from mmdlm.models.discriminator import (
 )
 from mmdlm.models.growing import GROWING, grow_tokenizer
 from mmdlm.models.visual_tokenizer import LFQTokenizer, saved_tokenizer
+from mmdlm.picture_files import png, write_whole
 from mmdlm.training.arguments import config_from_arguments, run_program
 from mmdlm.training.checkpoints import WeightAverage, check_same_weights, disk_guard, load_checkpoint, save_checkpoint
 from mmdlm.training.codebook import advice, draw_dashboard, use_of_codes
@@ -99,7 +102,7 @@ class Config:
     lr_end: float = 0.02
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
+    mixed_precision: str | bool = "no"  # YAML reads a bare no as false
     l1_weight: float = 0.2
     l2_weight: float = 1.0
     gradient_weight: float = 0.2
@@ -217,19 +220,15 @@ def validate(
 
 def sheet(real: Tensor, rebuilt: Tensor) -> Image.Image:
     """Originals above their reconstructions, eight pairs a row, twice enlarged."""
-    rows = []
-    for start in range(0, len(real), 8):
-        for part in (real, rebuilt):
-            rows.append(torch.cat(list(part[start : start + 8]), dim=-1))
-    array = torch.cat(rows, dim=-2).add(1).mul(127.5).round().byte().movedim(0, -1).numpy()
-    image = Image.fromarray(array)
+    rows = [torch.cat(list(part[at : at + 8]), dim=-1) for at in range(0, len(real), 8) for part in (real, rebuilt)]
+    image = Image.fromarray(torch.cat(rows, dim=-2).add(1).mul(127.5).round().byte().movedim(0, -1).numpy())
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
 
 def main(arguments: list[str]) -> None:
     config = config_from_arguments(Config, arguments, program=__file__)
     torch.manual_seed(config.seed)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision or "no")
     with disk_guard(Path(config.out)), StopRequest() as stop:
         train(config, accelerator, stop)
     accelerator.end_training()
@@ -244,14 +243,14 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
         fit=config.picture_fit, world={"concepts": config.concepts, "styles": config.styles},
     )  # fmt: skip
 
-    model = LFQTokenizer(**vars(config.model))
+    try:
+        model = LFQTokenizer(**vars(config.model))
+    except ValueError as error:
+        raise InputError(f"No tokenizer can be made of these settings of model: {error}") from error
     bits = config.model.codebook_bits if config.model.quantizer == "lfq" else None
     known = saved_tokenizer(config.init_from) if config.init_from else None
     if known:
-        if config.grow:
-            grow_tokenizer(known, model)
-        else:
-            model.load_state_dict(known.state_dict())
+        grow_tokenizer(known, model) if config.grow else model.load_state_dict(known.state_dict())
         known = known.to(device) if config.keep_codes_weight else None
     # With a frozen encoder the codes stay what they are: a decoder can be improved under a predictor trained on them.
     model.encoder.requires_grad_(config.train_encoder)
@@ -271,8 +270,7 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     if restored:
         weights, state, meta = restored
         expected = {"model": model.state_dict(), "average": average.state}
-        if discriminator:
-            expected["discriminator"] = discriminator.state_dict()
+        expected |= {"discriminator": discriminator.state_dict()} if discriminator else {}
         check_same_weights(weights, expected, out)
         model.load_state_dict(weights["model"])
         average.state = weights["average"]
@@ -377,8 +375,10 @@ def train(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
                     print(f"warning: {line}", flush=True)
             dashboard = out / f"codes-{step}.png"
             draw_dashboard(used, dashboard, bits=bits, order=config.model.bit_order, title=f"step {step}: ")
-            picture.save(out / f"held_out-{step}.png")
-            averaged.save_pretrained(out / "visual_tokenizer")
+            facts = {"step": step, "psnr": found["psnr"], "mmdlm_version": __version__}
+            write_whole(out / f"held_out-{step}.png", png(picture, facts))
+            with whole_directory(out / "visual_tokenizer") as place:
+                averaged.save_pretrained(place)
             plot_curves(out)
         if saves:
             came = accelerator.reduce(came, "sum") * accelerator.is_main_process

@@ -58,7 +58,7 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile", help="Also with torch.compile.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, or bfloat16 (the default on a GPU).")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of the CPU; torch's own choice.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of random weights and prompts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of random weights and prompts.")] = 0,
     output: Annotated[Path | None, typer.Option("--json", help="Also write every single measurement here.")] = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,

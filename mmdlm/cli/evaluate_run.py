@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmdlm.evaluation.vqa import Scores
 
 OutOption = Annotated[Path, typer.Option("-o", "--output", help="Directory for run.json, rows.jsonl and result files.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Case i uses seed + i.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Case i uses seed + i.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Rows in one forward.")]
 PicturesOption = Annotated[
     Path | None, typer.Option("--pictures", help="Folder of the pictures; the model then answers.")

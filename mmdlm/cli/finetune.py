@@ -82,7 +82,7 @@ def finetune(
     rehearse: Annotated[
         int, typer.Option("--rehearse", min=0, help="Without --replay: pictures of its own to see beside; 0 forgets.")
     ] = REHEARSED,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split, the rows and the noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of split, rows and noise.")] = 0,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:

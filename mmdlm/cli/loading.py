@@ -98,7 +98,7 @@ def usable_device(device: str | None) -> str:
         torch.zeros(1, device=device)
     except InputError:
         raise
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:160].rstrip(".")
         raise InputError(f"The device {device!r} cannot be used ({reason}): try --device cpu.") from error
     return device

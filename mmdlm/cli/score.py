@@ -17,7 +17,7 @@ def score(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What is said of it; quote each.")],
     samples: Annotated[int, typer.Option("--samples", help="Masks for each number; more are more exact.")] = SAMPLES,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the masks, the same for every text.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of the masks, alike for every text.")] = 0,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,

@@ -33,7 +33,7 @@ def tune(
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts or pictures at most.")] = 32,
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Timed runs of each, beside the preset's.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Case i uses seed + i.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Case i uses seed + i.")] = 0,
     save: Annotated[bool, typer.Option("--save", help="Write the preset into the directory given to --model.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write a copy of the model with the preset: for --model from then on.")

@@ -47,7 +47,7 @@ def caption(
     best_of: Annotated[
         int, typer.Option("--best-of", min=1, help="Find so many; keep the one the picture makes likeliest.")
     ] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the candidates of --best-of.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of the candidates of --best-of.")] = 0,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,

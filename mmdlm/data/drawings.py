@@ -149,7 +149,13 @@ class Drawings:
 
     def picture(self, style: str, sequence: str) -> Image.Image:
         """The RGBA picture of a concept in a style, `size` x `size`."""
-        return Image.open(io.BytesIO(self._bytes[style, sequence])).convert("RGBA")
+        try:
+            return Image.open(io.BytesIO(self._bytes[style, sequence])).convert("RGBA")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The drawing {sequence} in {self.directory / style}.zip is no picture: delete that file and build it "
+                "again."
+            ) from error
 
 
 def write_archive(directory: Path, style: str, pictures: Mapping[str, bytes], size: int) -> None:
@@ -158,13 +164,23 @@ def write_archive(directory: Path, style: str, pictures: Mapping[str, bytes], si
     The same pictures give the same bytes. The description is renamed last: only with it is a style there.
     """
     temporary, about = directory / f"{style}.zip.part", directory / f"{style}.json.part"
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for sequence, content in pictures.items():
-            archive.writestr(zipfile.ZipInfo(f"{sequence}.webp"), content)  # a ZipInfo made by hand has a constant date
     facts = {**_about(style, size), "drawings": len(pictures)}
-    about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / f"{style}.zip")
-    about.replace(directory / f"{style}.json")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for sequence, content in pictures.items():
+                # a ZipInfo made by hand has a constant date
+                archive.writestr(zipfile.ZipInfo(f"{sequence}.webp"), content)
+        about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(directory / f"{style}.zip")
+        about.replace(directory / f"{style}.json")
+    except OSError as error:
+        raise InputError(
+            f"The drawings in the style {style} can not be written to {directory} ({error.strerror}): make room or "
+            "name another directory; the styles before it are there."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        about.unlink(missing_ok=True)
 
 
 def webp(picture: Image.Image) -> bytes:
@@ -210,8 +226,14 @@ def _svg(paths: Iterator[Path]) -> Image.Image | None:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    png = resvg_py.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=_RENDER_SIDE, height=_RENDER_SIDE)
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    side = _RENDER_SIDE
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=side, height=side)
+        return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The drawing {path} can not be rendered ({error}): delete its package and fetch it again."
+        ) from error
 
 
 def _fluent(kind: str, concept: Concept, source: Path) -> Image.Image | None:
@@ -324,9 +346,11 @@ def _finished(out: Path, style: str, size: int) -> int | None:
     try:
         found = json.loads(about.read_text(encoding="utf-8"))
         count = int(found.pop("drawings"))
-    except (ValueError, KeyError, AttributeError):
+        with zipfile.ZipFile(out / f"{style}.zip") as archive:
+            whole = len(archive.namelist()) == count
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, zipfile.BadZipFile):
         return None
-    return count if found == _about(style, size) else None
+    return count if whole and found == _about(style, size) else None
 
 
 def _build_style(out: Path, source: Path, style: str, size: int, jobs: int | None) -> int:

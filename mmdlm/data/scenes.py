@@ -305,7 +305,7 @@ def composition_keys(things: Sequence[Thing], background: str, relation: str | N
 
 @cache
 def colour_keys(noun: str, colour: str) -> list[str]:
-    """The keys of all things that are called `noun` once painted: of a red and of a green apple for "a purple apple"."""
+    """The keys of all things that are called `noun` once painted: a red and a green apple are "a purple apple"."""
     return [f"colour|{one.name}|{colour}" for one in load_concepts() if one.recolourable and one.noun == noun]
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdlm import __version__
 from mmdlm.evaluation.picture_tables import page
 from mmdlm.evaluation.processes import run_batches
 from mmdlm.evaluation.sheets import Exhibit, labelled_sheet
-from mmdlm.picture_files import write_whole
+from mmdlm.picture_files import png, write_whole
 
 _SHEET = 48  # pictures: eight columns, six rows
 
@@ -28,6 +29,8 @@ class Report:
         self.out, self.run, self.is_main, self.started = out, dict(run), is_main, time.monotonic()
         self.begun_with, self.batch_size = begun_with, batch_size
         self.parts: dict[str, dict[str, Any]] = {}
+        # What every picture of the run says of itself.
+        self.facts = {"seed": run["seed"], "model_hash": run["model"]["hash"], "mmdlm_version": __version__}
         if is_main:
             (self.out / "rows.jsonl").unlink(missing_ok=True)
             write_whole(self.out / "run.json", json.dumps(run, indent=1).encode())
@@ -52,7 +55,8 @@ class Report:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def sheet(self, name: str, exhibits: Sequence[Exhibit]) -> None:
-        labelled_sheet(exhibits[:_SHEET]).save(self.out / f"{slug(name)}.png")
+        content = png(labelled_sheet(exhibits[:_SHEET]), {"what": name, **self.facts})
+        write_whole(self.out / f"{slug(name)}.png", content)
 
     def finish(self) -> None:
         """run.json counts as finished when the results are in it."""

@@ -170,6 +170,7 @@ class LookupFreeQuantizer(nn.Module):
 
     def __init__(self, bits: int, *, temperature: float = 0.01, group_bits: int | None = None, order: str = "big"):
         super().__init__()
+        bit_weights(bits, order)  # an order that is none shows here
         self.bits, self.temperature, self.group_bits, self.order = bits, temperature, group_bits, order
 
     @property

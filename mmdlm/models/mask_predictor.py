@@ -140,6 +140,9 @@ class MaskPredictor(PreTrainedModel):
         self.trunk = AutoModel.from_config(trunk_config)
         if config.prediction_offset not in (0, 1):
             raise ValueError(f"prediction_offset is {config.prediction_offset!r}, expected 0 or 1")
+        if not isinstance(config.max_positions, int) or config.max_positions < 1:
+            raise ValueError(f"max_positions is {config.max_positions!r}, expected a whole number from 1 on")
+        bit_weights(config.code_bits, config.bit_order)  # an order that is none shows here
         width, vocabulary = trunk_config.hidden_size, config.shared_vocabulary
         self.vocabulary = vocabulary
         self.head = nn.Linear(width, vocabulary.table_rows, bias=False)

@@ -25,8 +25,13 @@ from mmdlm.models.convolutional import CellBlock, CodeModulation, ResidualBlock,
 from mmdlm.models.levels import LAYOUTS, Layout, LevelDecoder, LevelEncoder
 from mmdlm.models.lfq import FiniteScalarQuantizer, LookupFreeQuantizer, Quantized, split_codes
 
-# Bits of a codebook -> FSQ's levels for about as many codes (arXiv 2309.15505, table 1).
-FSQ_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5), 16: (8, 8, 8, 5, 5, 5)}
+# Bits of a codebook -> FSQ's levels for about as many codes: for 8, 10, 12, 14 and 16 those of arXiv 2309.15505, table
+# 1, for the others in its manner, five to eight levels each.
+FSQ_LEVELS = {
+    6: (8, 8), 7: (5, 5, 5), 8: (8, 6, 5), 9: (8, 8, 8), 10: (8, 5, 5, 5), 11: (8, 8, 6, 5), 12: (7, 5, 5, 5, 5),
+    13: (8, 8, 5, 5, 5), 14: (8, 8, 8, 6, 5), 15: (8, 8, 8, 8, 8), 16: (8, 8, 8, 5, 5, 5), 17: (8, 8, 8, 8, 6, 5),
+    18: (8, 8, 8, 8, 8, 8),
+}  # fmt: skip
 
 
 class Reconstruction(NamedTuple):
@@ -103,6 +108,7 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
             have no patches, no cell encoder, and modulation by the codes as their layout says.
         stem_width: channels before the first level of a published layout; None for those of the first level.
         code_factors: bits of the factors that a large code is written in, such as (6, 12); see `split_codes`.
+            FSQ has none.
         stem_patch: side of the space-to-depth patches, a power of two.
         cell_encoder: every code depends on its own f x f pixels alone, so that a thing keeps its codes wherever it
             stands and whatever is behind it. A convolutional encoder looks around, and its GroupNorm looks at the whole
@@ -153,10 +159,10 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
         else:
             raise ValueError(
                 f"quantizer is {quantizer!r} with fsq_levels {fsq_levels} and codebook_bits {codebook_bits}, expected "
-                f"'lfq', or 'fsq' with levels or {', '.join(map(str, FSQ_LEVELS))} bits"
+                f"'lfq', or 'fsq' with levels or {min(FSQ_LEVELS)} to {max(FSQ_LEVELS)} bits"
             )
         bits = self.quantize.bits
-        if code_factors is not None and sum(code_factors) != bits:
+        if code_factors is not None and quantizer == "lfq" and sum(code_factors) != bits:
             raise ValueError(f"code_factors {tuple(code_factors)} have {sum(code_factors)} bits, expected {bits}")
         self.encoder: Encoder | LevelEncoder
         self.decoder: Decoder | LevelDecoder
@@ -205,7 +211,7 @@ class LFQTokenizer(ModelMixin, ConfigMixin):
 
     def factors(self, codes: Tensor) -> tuple[Tensor, ...]:
         """codes int64 [...] -> one int64 [...] per factor of `code_factors`; ValueError where there are none."""
-        if self.config["code_factors"] is None:
+        if self.config["code_factors"] is None or self.config["quantizer"] != "lfq":
             raise ValueError("this tokenizer has no code_factors: give them in its config, such as (6, 12) for 18 bits")
         return split_codes(codes, self.config["code_factors"], self.config["bit_order"])
 

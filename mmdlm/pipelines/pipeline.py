@@ -41,6 +41,7 @@ from mmdlm.sampling.caches import cached_from_config
 from mmdlm.sampling.denoise import Policy, Predictor, State, denoise
 from mmdlm.sampling.draws import Draw
 from mmdlm.sampling.formats import Automaton, automaton_of_pattern, token_bytes
+from mmdlm.sampling.guidance_interval import check_interval
 from mmdlm.sampling.policies import ADAPTIVE, REVISING, SHADOWED, draw_from_config, policy_from_config
 from mmdlm.sampling.predictors import full
 from mmdlm.sampling.replay import Recording
@@ -90,6 +91,12 @@ class MMDLMPipeline(DiffusionPipeline):
         if model.vocabulary != processor.vocabulary:
             raise InputError(
                 f"The model's vocabulary is {model.vocabulary}, the processor's {processor.vocabulary}, "
+                "expected the same: take both from one model directory."
+            )
+        order = visual_tokenizer.config.get("bit_order", model.config.bit_order)
+        if model.config.code_bits and order != model.config.bit_order:  # else it would draw something else in silence
+            raise InputError(
+                f"The visual tokenizer counts its bits in the order {order!r}, the model in {model.config.bit_order!r}, "
                 "expected the same: take both from one model directory."
             )
         self.register_modules(model=model, visual_tokenizer=visual_tokenizer, processor=processor)
@@ -235,8 +242,11 @@ class MMDLMPipeline(DiffusionPipeline):
         if block is not None and (not isinstance(block, int) or block < 1 or places % block):
             raise InputError(f"block_length is {block!r}, expected a number that divides the {places} places to fill.")
         for name in ("policy", "draw", "cache"):
-            if not isinstance(settings.get(name) or {}, Mapping):
-                raise InputError(f"{name} is {settings[name]!r}, expected a table of its name and settings.")
+            value = settings.get(name)
+            if not isinstance(value, Mapping) and not (name == "cache" and value is None):
+                raise InputError(f"{name} is {value!r}, expected a table of its name and settings.")
+        if settings.get("guidance_interval") is not None:
+            check_interval(settings["guidance_interval"])
         policy_from_config(settings["policy"]), draw_from_config(settings["draw"])  # a bad one shows before any work
         return settings
 

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdlm import __version__
+from mmdlm.picture_files import png, write_whole
 from mmdlm.pipelines.describing import ImageToText
 from mmdlm.pipelines.drawing import TextToImage
 from mmdlm.training.rows import Coded
@@ -70,9 +72,10 @@ def save_samples(
 ) -> None:
     """Writes `drawings-<step>.png` of the prompts, and `described.html` of the first six held-out pictures, where these
     have captions, into a run's directory."""
-    draw_sheet(pipeline, prompts).save(out / f"drawings-{step}.png")
+    facts = {"prompts": "; ".join(prompts), "step": step, "mmdlm_version": __version__}
+    write_whole(out / f"drawings-{step}.png", png(draw_sheet(pipeline, prompts), facts))
     captions = held_out.captions[:6] if held_out is not None else []
     if held_out is not None and any(captions):
         references = [texts[0] if texts else "" for texts in captions]
         table = words_table(pipeline, held_out.codes[:6].long(), references, pipeline.presets)
-        (out / "described.html").write_text(table, encoding="utf-8")
+        write_whole(out / "described.html", table.encode())

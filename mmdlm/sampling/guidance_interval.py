@@ -42,7 +42,11 @@ def within(
 
 def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     """(low, high) as floats. InputError unless 0 <= low < high <= 1."""
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"guidance_interval is {tuple(interval)}, expected LOW,HIGH with 0 <= LOW < HIGH <= 1, the "
-                         "shares of masked tokens between which guidance is used: 0,1 is all steps.")
-    return float(interval[0]), float(interval[1])
+    try:
+        low, high = interval
+        if 0 <= low < high <= 1:
+            return float(low), float(high)
+    except (TypeError, ValueError):
+        pass  # no two numbers
+    raise InputError(f"guidance_interval is {interval!r}, expected LOW,HIGH with 0 <= LOW < HIGH <= 1, the shares of "
+                     "masked tokens between which guidance is used: 0,1 is all steps.")

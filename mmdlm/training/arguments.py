@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -54,6 +55,8 @@ def check_out(out: Path) -> None:
     """InputError unless `out` is, or can become, a directory to write into; leaves nothing behind."""
     nearest = next(place for place in (out, *out.parents) if os.path.lexists(place))  # programs make what is missing
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(out)  # a name that is too long shows here
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:

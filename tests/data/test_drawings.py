@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -146,6 +147,42 @@ def test_an_output_that_can_not_be_made(packages: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can not be made"):
         build_pictures(tmp_path / "file" / "out", source=packages, styles=("twemoji",))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from mmdlm.data.drawings import build_pictures
+from mmdlm.errors import InputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    build_pictures(sys.argv[1], source=sys.argv[2], styles=("twemoji",), size=64, jobs=1)
+except InputError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_written(packages: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL, str(out), str(packages)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "refused: The drawings in the style twemoji can not be written" in done.stderr, done.stderr[-2000:]
+    assert list(out.iterdir()) == []
+
+
+def test_a_broken_drawing_is_named_and_a_broken_archive_built_again(packages: Path, tmp_path: Path):
+    out, drawing = tmp_path / "out", packages / "twemoji-svg" / "1f34e.svg"
+    drawing.write_text("<svg")
+    with pytest.raises(InputError, match=r"1f34e.svg can not be rendered .* fetch it again"):
+        build_pictures(out, source=packages, styles=("twemoji",), size=32, jobs=1)
+    drawing.write_text(svg("#ff0000"))
+    build_pictures(out, source=packages, styles=("twemoji",), size=32, jobs=1)
+    about, whole = (out / "twemoji.json").read_text(), (out / "twemoji.zip").read_bytes()
+    for broken in (about, "[]", '{"drawings": null}'):
+        (out / "twemoji.json").write_text(broken)
+        (out / "twemoji.zip").write_bytes(whole[:50])
+        build_pictures(out, source=packages, styles=("twemoji",), size=32, jobs=1)
+        assert (out / "twemoji.zip").read_bytes() == whole and (out / "twemoji.json").read_text() == about
 
 
 def test_bad_archives(tmp_path: Path):

@@ -101,7 +101,8 @@ def test_what_is_called_alike_once_painted_is_in_one_split_only(tmp_path: Path):
         if len({is_held_out(key) for key in colour_keys(noun, paint)}) == 2
     }  # fmt: skip
     assert ("apple", "purple") in mixed and len(mixed) < 20
-    some = [concept for concept in load_concepts() if concept.noun in shared | {"cat", "car", "balloon", "dress", "key"}]
+    nouns_drawn = shared | {"cat", "car", "balloon", "dress", "key"}
+    some = [concept for concept in load_concepts() if concept.noun in nouns_drawn]
     square = webp(tight(Image.new("RGBA", (100, 100), (200, 160, 40, 255)), 128))
     write_archive(tmp_path, "noto", {concept.sequence: square for concept in some}, 128)
     for split in ("train", "held_out"):

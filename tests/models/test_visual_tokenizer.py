@@ -97,6 +97,15 @@ def test_finite_scalar_quantisation_by_one_word(settings: dict[str, Any], codes:
     assert torch.equal(again.encode(picture), codes) and torch.equal(again.decode(codes), tokenizer.decode(codes))
 
 
+@pytest.mark.parametrize("bits", range(6, 19))
+def test_finite_scalar_quantisation_has_about_the_codes_asked_for(bits: int):
+    tokenizer = tiny(quantizer="fsq", codebook_bits=bits, code_factors=(6, 12))
+    assert 0.9 < tokenizer.codebook_size / 2**bits < 1.1
+    assert int(tokenizer.encode(pixels(1, 3, 16, 16)).max()) < tokenizer.codebook_size
+    with pytest.raises(ValueError, match="has no code_factors"):
+        tokenizer.factors(torch.zeros(1, dtype=torch.long))
+
+
 def test_half_precision_decodes():
     tokenizer = tiny()
     codes = tokenizer.encode(pixels(1, 3, 16, 16))
@@ -113,8 +122,8 @@ def test_a_size_that_does_not_fit_is_an_error(height: int, width: int):
 def test_settings_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match="encoder_widths has 2 levels and decoder_widths 1"):
         tiny(decoder_widths=(8,))
-    for wrong in ({"quantizer": "vq"}, {"quantizer": "fsq", "codebook_bits": 9}):
-        with pytest.raises(ValueError, match="expected 'lfq', or 'fsq' with levels or 8, 10, 12, 14, 16 bits"):
+    for wrong in ({"quantizer": "vq"}, {"quantizer": "fsq", "codebook_bits": 5}):
+        with pytest.raises(ValueError, match="expected 'lfq', or 'fsq' with levels or 6 to 18 bits"):
             tiny(**wrong)
     with pytest.raises(ValueError, match=r"expected \[0, 63\]"):
         tiny().decode(torch.full((1, 4, 4), 64))
