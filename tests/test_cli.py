@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -241,9 +240,10 @@ def process(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def test_help_starts_fast_and_loads_nothing_heavy():
-    start = time.perf_counter()
-    assert "generate" in process("--help").stdout
-    assert time.perf_counter() - start < 2  # 0.1 s on an idle machine
+    for command in (["--help"], ["generate", "--help"]):
+        spent = -sum(os.times()[2:4])  # of children: a busy machine stretches the time by the clock, not this
+        assert "generate" in process(*command).stdout
+        assert spent + sum(os.times()[2:4]) < 1, command
     loaded = "import sys, mmdlm.cli; print({'torch', 'transformers', 'diffusers', 'numpy', 'PIL'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "set()\n"
     assert good("--version") == f"{__version__}\n"

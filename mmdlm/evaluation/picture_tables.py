@@ -27,9 +27,8 @@ def page(results: Mapping[str, Any]) -> str:
     if rows:
         lines += ["", *table("drawing", FACTS, [(name, counted["all kinds"]) for name, counted in rows])]
         for name, counted in rows:
-            if "on renders" not in name:
-                kinds = [(kind, facts) for kind, facts in counted.items() if kind != "all kinds"]
-                lines += ["", *table(name, FACTS, kinds)]
+            kinds = [(kind, facts) for kind, facts in counted.items() if kind != "all kinds"]
+            lines += ["", *table(name, FACTS, kinds)]
         confused = results.get("judge", {}).get("notes", {}).get("confused on renders", {})
         told = ", ".join(f"{pair} ({count})" for pair, count in confused.items()) or "nothing"
         lines += ["", f"What the judge confused on renders (it counts as wrong): {told}."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmdlm.models.lfq import entropies
 from mmdlm.models.visual_tokenizer import LFQTokenizer
@@ -194,6 +196,26 @@ def test_a_kill_in_the_middle_of_training_leaves_whole_checkpoints(run, world: P
     assert not [path for path in out.iterdir() if path.name.startswith((".writing-", ".deleting-"))]
     steps = [row["step"] for row in read_metrics(out)]
     assert steps == sorted(steps) and set(steps) == set(range(1, meta["step"] + 2))
+
+
+def test_the_adversarial_and_the_perceptual_term_come_when_they_shall(run, world: Path, tmp_path: Path):
+    steps = [*TINY_LFQ, f"data={world}", "max_train_steps=6", "checkpointing_steps=2", "validation_steps=100"]
+    judged = [*steps, "adversarial_weight=0.5", "adversarial_start=4", "adversarial_ramp=1", "checkpoints_total_limit=9"]
+    run("tokenizers/train_lfq", *judged, f"out={tmp_path / 'judged'}")
+    rows = [row for row in read_metrics(tmp_path / "judged") if "loss" in row]
+    assert [row["step"] for row in rows if "adversarial" in row] == [5, 6]
+    assert [row["step"] for row in rows if "discriminator" in row] == [5, 6]
+    states = [load_checkpoint(tmp_path / "judged", f"checkpoint-{step}")[0]["discriminator"] for step in (2, 4, 6)]
+    moved = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(states)]
+    assert moved == [False, True]
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "tiny.safetensors")
+    run("tokenizers/train_lfq", *steps, f"out={tmp_path / 'plain'}")
+    seen = ["perceptual_weight=0.5", f"perceptual_model=test_resnet@{tmp_path / 'tiny.safetensors'}"]
+    run("tokenizers/train_lfq", *steps, *seen, f"out={tmp_path / 'seen'}")
+    first = [read_metrics(tmp_path / name)[0]["reconstruction"] for name in ("plain", "seen")]
+    assert first[1] > first[0]  # the same pictures and weights, and one term more
 
 
 def test_tokenizer_training_stops_when_asked_and_on_a_full_disk(world: Path, tmp_path: Path):
