@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +123,7 @@ def finetune(
     if find_new_words and not words and not pipe.model.config.tie_word_embeddings:  # a tied table cannot grow
         words = words_to_add(train, pipe.processor)
     if words:
-        asked["new_words"] = words
+        asked["new_words"] = as_written(words, train)
         typer.echo(f"words with ids of their own: {', '.join(words)}" + ("" if new_word else " (--no-new-words: none)"))
     identity: dict[str, Any] = {"hashes": _content(train, held_out)}
     identity |= {"data": str(Path(data).resolve()) if Path(data).exists() else data}
@@ -208,9 +208,9 @@ def default_learning_rate(base: Path, full: bool) -> float:
 
 
 def spelled_words(texts: Iterable[str], text_ids: Callable[[str], list[int]]) -> list[str]:
-    """Words that come at least twice in the texts and take three tokens or more, the commonest first; at most 20."""
+    """Words that come at least twice in the texts and are more than one token, the commonest first; at most 20."""
     counts = Counter(word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text))
-    return [word for word, count in counts.most_common() if count > 1 and len(text_ids(f" {word}")) > 2][:20]
+    return [word for word, count in counts.most_common() if count > 1 and len(text_ids(f" {word}")) > 1][:20]
 
 
 def words_to_add(data: PairedData, processor: Any) -> list[str]:
@@ -225,6 +225,18 @@ def words_to_add(data: PairedData, processor: Any) -> list[str]:
     texts = [text for row in data.rows for text in row.texts]
     known -= set(processor.tokenizer.get_vocab())  # where it begins a text it has an id already
     return [word for word in spelled_words(texts, processor.text_ids) if word in known]
+
+
+def as_written(words: Sequence[str], data: PairedData) -> list[str]:
+    """The words as they stand in the data: with the space before them, " crab", without, where they begin a text, or
+    both; what it does not have with the space."""
+    texts = [text for row in data.rows for text in row.texts]
+    texts += [text for row in data.rows for question, answers in row.questions for text in (question, *answers)]
+    found = []
+    for word in words:
+        forms = {match.group() for text in texts for match in re.finditer(rf" ?(?<!\w){re.escape(word)}(?!\w)", text)}
+        found += sorted(forms) or [f" {word}"]
+    return found
 
 
 def _open_data(source: str, held_out_share: float, seed: int) -> tuple[PairedData, PairedData]:

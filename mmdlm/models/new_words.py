@@ -43,11 +43,14 @@ def grown_vocabulary(vocabulary: Vocabulary, count: int) -> Vocabulary:
 def add_new_words(model: MaskPredictor, words: Sequence[str]) -> None:
     """Gives `model` a trainable row for each word in its two tables, at first the mean of the text's rows.
 
-    The processor has to know the words too: `processor_with`. Raises InputError for words that are empty or come twice,
-    and for a model that has grown already or whose tables are one.
+    The processor has to know the words too: `processor_with`. A word inside of a text begins with its space, " crab",
+    as the tokenizer's own words do: else the space is a token of its own, which a model may never have had to write.
+    Raises InputError for words that are empty or come twice, and for a model that has grown already or whose tables are
+    one.
     """
-    if not words or len(set(words)) < len(words) or not all(word.strip() == word != "" for word in words):
-        raise InputError(f"New words are {list(words)}, expected different ones without spaces around them.")
+    bare = [word.removeprefix(" ") for word in words]
+    if not words or len(set(words)) < len(words) or not all(word.strip() == word != "" for word in bare):
+        raise InputError(f"New words are {list(words)}, expected different ones, each with a space before it or none.")
     if new_words(model) or model.config.tie_word_embeddings:
         raise InputError("This model's vocabulary has grown already, or it is the head too: merge, or add no words.")
     first = model.vocabulary.text_size

@@ -96,8 +96,8 @@ class MMDLMPipeline(DiffusionPipeline):
         order = visual_tokenizer.config.get("bit_order", model.config.bit_order)
         if model.config.code_bits and order != model.config.bit_order:  # else it would draw something else in silence
             raise InputError(
-                f"The visual tokenizer counts its bits in the order {order!r}, the model in {model.config.bit_order!r}, "
-                "expected the same: take both from one model directory."
+                f"The visual tokenizer counts its bits in the order {order!r}, the model in "
+                f"{model.config.bit_order!r}, expected the same: take both from one model directory."
             )
         self.register_modules(model=model, visual_tokenizer=visual_tokenizer, processor=processor)
         self.presets = {task: dict(preset) for task, preset in DEFAULT_PRESETS.items()}

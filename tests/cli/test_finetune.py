@@ -13,11 +13,12 @@ from typer.testing import CliRunner, Result
 
 from mmdlm.assets import shipped_model
 from mmdlm.cli import app
-from mmdlm.cli.finetune import KEPT, default_learning_rate, default_steps, spelled_words, words_to_add
+from mmdlm.cli.finetune import KEPT, as_written, default_learning_rate, default_steps, spelled_words, words_to_add
 from mmdlm.data.paired import open_pairs, split_pairs
 from mmdlm.errors import InputError
 from mmdlm.models.new_words import processor_with
 from mmdlm.pipelines import TextToImage
+from mmdlm.processing import MMDLMProcessor
 from mmdlm.sequence import batch, draw_canvas, hide
 
 STEPS = 3
@@ -128,12 +129,12 @@ def logits(pipe: TextToImage) -> torch.Tensor:
 def test_words_that_have_to_be_written_and_are_spelled_get_ids_of_their_own():
     processor = TextToImage.from_pretrained().processor
     train, _ = split_pairs(open_pairs(STICKERS), held_out_share=0.125, seed=0)
-    # "alligator" and "spiny" are spelled too, and stand in prompts only; "planet" is two pieces.
+    # "alligator" and "spiny" are spelled too, and stand in prompts only.
     assert set(words_to_add(train, processor)) == {
-        "anchor", "crab", "crocodile", "hedgehog", "jellyfish", "kangaroo", "parrot", "popcorn", "squirrel", "taco",
-        "teddy",
+        "anchor", "crab", "crocodile", "hedgehog", "jellyfish", "kangaroo", "parrot", "planet", "popcorn", "squirrel",
+        "taco", "teddy",
     }  # fmt: skip
-    assert words_to_add(train, processor_with(processor, ["crab", "taco"])) == [
+    assert words_to_add(train, processor_with(processor, [" crab", " taco"])) == [
         word for word in words_to_add(train, processor) if word not in ("crab", "taco")
     ]
 
@@ -192,6 +193,21 @@ def test_steps_follow_the_number_of_pictures():
 
 def test_words_that_the_model_spells_are_named():
     texts = ["a fox", "a fox on red", "a panda", "an ox", "an ox", "zebras", "zebras"]
-    assert spelled_words(texts, lambda text: list(range(len(text) - 1))) == ["fox", "zebras"]
-    assert spelled_words(texts, lambda text: [0, 1]) == []
+    assert spelled_words(texts, lambda text: list(range(len(text) // 2))) == ["fox", "zebras"]
+    assert spelled_words(texts, lambda text: [0]) == []
+
+
+def test_words_get_the_form_in_which_the_data_has_them(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"file_name": "a.png", "text": ["popcorn in a box", "a box of popcorn"], "question": "Is it a taco-shell?"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row | {"answers": ["no, corn"]}) + "\n")
+    data = open_pairs(str(tmp_path))
+    words = ["popcorn", "box", "taco", "corn", "shell", "absent"]
+    forms = as_written(words, data)
+    assert forms == [" popcorn", "popcorn", " box", " taco", " corn", "shell", " absent"]
+    processor = MMDLMProcessor.from_pretrained(shipped_model() / "processor")
+    grown = processor_with(processor, [" popcorn", "popcorn", " taco"])
+    for text, tokens in (("popcorn", 1), ("a popcorn", 2), ("a popcorn taco", 3)):
+        ids = grown.text_ids(text)
+        assert len(ids) == tokens and grown.tokenizer.decode(ids) == text
 

@@ -115,9 +115,9 @@ def test_the_widened_model_predicts_what_the_small_one_does():
     small = MaskPredictor.from_pretrained(shipped_model() / "model", dtype=torch.float32).eval()
     trunk = {**small.config.trunk, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 7,
              "num_attention_heads": 8, "num_key_value_heads": 8}  # fmt: skip
-    rows = {**small.vocabulary.to_dict(), "rows": 2500}
+    rows = {**small.vocabulary.to_dict(), "rows": 3200}
     wide = bench_shapes.widened(small, MaskPredictorConfig(trunk=trunk, vocabulary=rows))
-    assert wide.head.weight.shape == (2500, 256) and len(wide.trunk.layers) == 7
+    assert wide.head.weight.shape == (3200, 256) and len(wide.trunk.layers) == 7
     codes = torch.randint(1024, (2, 16, 16), generator=torch.Generator().manual_seed(0))
     work = describe_workload(codes, (16, 16), small.vocabulary, answer=6, steps=3)
     ids, positions, grid = work.rows.canvas.ids, work.rows.canvas.positions, work.rows.canvas.grid

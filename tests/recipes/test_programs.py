@@ -200,7 +200,8 @@ def test_a_kill_in_the_middle_of_training_leaves_whole_checkpoints(run, world: P
 
 def test_the_adversarial_and_the_perceptual_term_come_when_they_shall(run, world: Path, tmp_path: Path):
     steps = [*TINY_LFQ, f"data={world}", "max_train_steps=6", "checkpointing_steps=2", "validation_steps=100"]
-    judged = [*steps, "adversarial_weight=0.5", "adversarial_start=4", "adversarial_ramp=1", "checkpoints_total_limit=9"]
+    judged = [*steps, "adversarial_weight=0.5", "adversarial_start=4", "adversarial_ramp=1"]
+    judged += ["checkpoints_total_limit=9"]
     run("tokenizers/train_lfq", *judged, f"out={tmp_path / 'judged'}")
     rows = [row for row in read_metrics(tmp_path / "judged") if "loss" in row]
     assert [row["step"] for row in rows if "adversarial" in row] == [5, 6]
