@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmdlm.data.colours import BACKGROUNDS
 from mmdlm.errors import InputError
 from mmdlm.evaluation.harness_requests import Request, Settings, picture_of, score, settings_from_arguments, write
 from mmdlm.pipelines import ImageToText
@@ -31,11 +32,11 @@ def exact(doc, results):
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """Questions about plain pictures, whose background is the answer; the folders of both harnesses' tasks."""
+    """Questions about plain pictures in the world's own colours; the folders of both harnesses' tasks."""
     rows = []
     for number, colour in enumerate(COLOURS):
         picture = tmp_path / f"{colour}.png"
-        Image.new("RGB", (64, 64), colour).save(picture)
+        Image.new("RGB", (64, 64), BACKGROUNDS[colour]).save(picture)
         rows.append({"picture": str(picture), "question": "what color is the background?", "answer": colour,
                      "choices": list(COLOURS), "gold": number, "text": f"a cat on a {colour} background"})
     docs = tmp_path / "docs.jsonl"
