@@ -171,7 +171,8 @@ def test_a_bad_picture_is_one_sentence(tmp_path, name):
         load_image(content)
 
 
-@pytest.mark.parametrize("kind", range(13))
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of every broken tag
+@pytest.mark.parametrize("kind", [2, 5, 7, 12])  # text, a fraction, bytes, a double
 def test_a_tiff_whose_numbers_are_of_another_kind_is_read_or_refused(kind):
     whole = encoded(Image.new("RGB", (4, 4), "red"), "TIFF")
     refused = 0

@@ -74,6 +74,25 @@ def load_concepts(path: Path = TABLE) -> tuple[Concept, ...]:
     return tuple(Concept(**{**row, "aliases": tuple(row["aliases"])}) for row in rows)
 
 
+def unlike_cldr(package: Path) -> list[str]:
+    """The names of concepts whose group or subgroup is not Unicode's, as the npm package emojibase-data has them.
+
+    package: the unpacked package, with en/data.json and meta/groups.json. Raises InputError where it is broken.
+    """
+    try:
+        rows = json.loads((package / "en" / "data.json").read_text(encoding="utf-8"))
+        titles = json.loads((package / "meta" / "groups.json").read_text(encoding="utf-8"))
+        groups, subgroups = titles["groups"], titles["subgroups"]
+        known = {row["hexcode"].replace("-FE0F", ""): (row.get("group"), row.get("subgroup")) for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The names in {package} can not be read ({error}): delete that folder and fetch it again."
+        ) from error
+    found = {name: (groups.get(str(group)), subgroups.get(str(part))) for name, (group, part) in known.items()}
+    return [one.name for one in load_concepts()
+            if found.get(one.sequence.replace("-FE0F", "")) != (one.group, one.subgroup)]  # fmt: skip
+
+
 def common_concepts(count: int | None) -> tuple[Concept, ...]:
     """The `count` commonest concepts, or all of them for None.
 

@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from mmdlm.data.concepts import Concept, load_concepts
+from mmdlm.data.concepts import Concept, load_concepts, unlike_cldr
 from mmdlm.errors import InputError
 
 MARGIN = 1 / 32  # of the picture's side, left free on each side of the drawing
@@ -99,6 +99,10 @@ def build_pictures(
         style = STYLES[name]
         counts[name] = _build_style(out, source, name, size, jobs) if have is None else have
         tqdm.write(f"{name:14} {counts[name]:5} drawings   {style.package}   {style.licence}")
+    if (names := source / "emojibase-data").is_dir():
+        unlike = unlike_cldr(names)
+        like = f"{len(load_concepts()) - len(unlike):5} concepts  in the groups of npm emojibase-data   MIT"
+        tqdm.write(f"{'names':14} {like}" + (f"; not {', '.join(unlike[:5])}" if unlike else ""))
     whole = sum((out / f"{name}.zip").stat().st_size for name in finished) / 1e6
     what = f"{sum(counts.values()):5} drawings of {len(load_concepts())} concepts"
     tqdm.write(f"{'together':14} {what} in {out}, {whole:.1f} MB")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 from mmdlm.data.colours import BACKGROUNDS
-from mmdlm.data.concepts import article_before, common_concepts, load_concepts
+from mmdlm.data.concepts import article_before, common_concepts, load_concepts, unlike_cldr
 from mmdlm.errors import InputError
 
 CONCEPTS = load_concepts()
@@ -101,3 +103,24 @@ def test_the_colourless_noun():
     assert BY_NAME["red apple"].noun == BY_NAME["green apple"].noun == "apple"
     for concept in CONCEPTS:
         assert concept.noun.split()[0] not in BACKGROUNDS, concept
+
+
+def test_groups_are_held_against_unicode_s(tmp_path: Path):
+    """The package's two files, as laid out there, written from the table itself."""
+    groups = sorted({concept.group for concept in load_concepts()})
+    parts = sorted({concept.subgroup for concept in load_concepts()})
+    titles = {name: {str(n): title for n, title in enumerate(found)} for name, found in
+              (("groups", groups), ("subgroups", parts))}  # fmt: skip
+    rows = [{"hexcode": one.sequence, "group": groups.index(one.group), "subgroup": parts.index(one.subgroup)}
+            for one in load_concepts()]  # fmt: skip
+    for name, content in (("meta/groups.json", titles), ("en/data.json", rows)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    assert unlike_cldr(tmp_path) == []
+    rows[3]["subgroup"] = (rows[3]["subgroup"] + 1) % len(parts)
+    del rows[7]
+    (tmp_path / "en/data.json").write_text(json.dumps(rows))
+    assert unlike_cldr(tmp_path) == [load_concepts()[3].name, load_concepts()[7].name]
+    (tmp_path / "en/data.json").write_text("[1]")
+    with pytest.raises(InputError, match="can not be read"):
+        unlike_cldr(tmp_path)

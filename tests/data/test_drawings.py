@@ -76,7 +76,7 @@ def packages(tmp_path: Path) -> Path:
     return source
 
 
-def test_build_renders_resumes_and_repeats(packages: Path, tmp_path: Path):
+def test_build_renders_resumes_and_repeats(packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     assert build_pictures(out, source=packages, styles=("twemoji", "openmoji"), size=32, jobs=1) == {
         "twemoji": 1,
@@ -98,6 +98,14 @@ def test_build_renders_resumes_and_repeats(packages: Path, tmp_path: Path):
     build_pictures(out, source=packages, styles=("twemoji",), size=48, jobs=1)
     assert Drawings(out, ["twemoji"]).size == 48
     assert not list(out.glob("*.part"))
+    titles = {"groups": {}, "subgroups": {}}
+    for name, content in (("en/data.json", [{"hexcode": "1F34E"}]), ("meta/groups.json", titles)):
+        (packages / "emojibase-data" / name).parent.mkdir(parents=True)
+        (packages / "emojibase-data" / name).write_text(json.dumps(content))
+    capsys.readouterr()
+    build_pictures(out, source=packages, styles=("twemoji",), size=48, jobs=1)
+    said = capsys.readouterr().out
+    assert f"0 concepts  in the groups of npm emojibase-data   MIT; not {load_concepts()[0].name}, " in said
 
 
 def test_a_finished_archive_travels_without_its_packages(
