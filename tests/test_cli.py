@@ -200,6 +200,16 @@ def test_a_wrong_option_is_a_usage_error(wrong):
     assert mmdlm("generate", PROMPT, *wrong).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("caption", "x.png"), ("score", "x.png", "a cat"), ("bench",), ("tune",), ("finetune", "data", "--out", "run"),
+     ("eval", "likelihood", "data", "-o", "run")],
+)  # fmt: skip
+def test_a_seed_that_is_too_large_is_a_usage_error(command):
+    done = mmdlm(*command, "--seed", 2**64)
+    assert done.exit_code == 2 and "--seed" in done.output, done.output
+
+
 def test_material_that_is_not_there_and_a_place_that_is_none(tmp_path):
     assert "tools/fetch_pictures.sh" in refused("data", "build", "pictures", tmp_path / "out", "--source", tmp_path)
     (tmp_path / "file").write_text("")

@@ -121,3 +121,5 @@ def test_one_part_alone_and_settings_that_are_missing(model: Path, shapes: Path,
     assert compared.exit_code == 0 and "difference" in compared.output, compared.output
     done = run(f"model={model}", f"data={shapes}", f"out={tmp_path / 'b'}", "parts=[sing]")
     assert done.returncode == 2 and "expected some of draw, geneval, describe, ask" in done.stderr
+    done = run(f"model={model}", f"data={tmp_path / 'nowhere'}", f"out={tmp_path / 'b'}")
+    assert done.returncode == 2 and "mmdlm data build pictures" in done.stderr and not (tmp_path / "b").exists()

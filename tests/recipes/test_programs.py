@@ -74,7 +74,7 @@ def test_every_yaml_runs_two_steps(
     two_steps = ["max_train_steps=2", "logging_steps=1", "checkpointing_steps=2", "validation_steps=2"]
     own = {
         "tokenizers/train_lfq": [
-            *two_steps, "train_batch_size=1", "validation_pictures=2", "adversarial_start=1",
+            *two_steps, "train_batch_size=1", "validation_pictures=2", "adversarial_start=1", "mixed_precision=no",
             # one that grows begins with a tokenizer
             *([f"init_from={visual_tokenizer}"] if settings.stem.endswith("_decoder") else ["model.sample_size=64"]),
         ],

@@ -73,6 +73,7 @@ def test_a_place_that_takes_no_file_shows_before_the_work(
         assert config_from_arguments(Run, [f"out={out}"], program=program).out == str(out)
     file = tmp_path / "small.yaml"
     wrong = [(file, "Not a directory"), (file / "new" / "deeper", "Not a directory")]
+    wrong += [(tmp_path / ("x" * 300), "File name too long")]
     wrong += [("/proc/runs", "")] if Path("/proc/self").exists() else []  # where even root may write nothing
     for out, words in wrong:
         with pytest.raises(SystemExit) as stopped:
